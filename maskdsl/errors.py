@@ -1,0 +1,95 @@
+"""Every mistake a user can make has its own class, and every message has three parts.
+
+What you wrote, what is wrong with it, and what to write instead.
+"""
+
+from __future__ import annotations
+
+
+class MaskDSLError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    def __init__(self, wrote: str, wrong: str, instead: str) -> None:
+        self.wrote, self.wrong, self.instead = wrote, wrong, instead
+        super().__init__(f"you wrote: {wrote}\n  problem: {wrong}\n  instead: {instead}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.wrote, self.wrong, self.instead)
+
+
+# --- the language ---------------------------------------------------------------------------
+
+
+class AtomArgumentError(MaskDSLError, ValueError):
+    """A size, offset or list given to an atom is not one the atom can mean something by."""
+
+
+class MaskTypeError(MaskDSLError, TypeError):
+    """Something that is not a mask stands where a mask is needed."""
+
+
+class AmbiguousTruthError(MaskDSLError, TypeError):
+    """A mask was used as a truth value: `and`, `or`, `not`, `if`, or a chained comparison."""
+
+
+class SerializationError(MaskDSLError, ValueError):
+    """A mask cannot be written as text, or a text is not a mask."""
+
+
+class TraceError(MaskDSLError, TypeError):
+    """A mask_mod did something with its indices that cannot be compiled."""
+
+
+# --- the call -------------------------------------------------------------------------------
+
+
+class ShapeError(MaskDSLError, ValueError):
+    """Lengths, offsets or tensor shapes do not fit together."""
+
+
+class RankError(ShapeError):
+    """q, k or v is not a four-dimensional tensor."""
+
+
+class HeadCountError(ShapeError):
+    """The number of query heads is not a whole multiple of the number of key/value heads."""
+
+
+class HeadDimError(ShapeError):
+    """The head dimensions of q, k and v do not fit, or are outside 16..256."""
+
+
+class LengthError(ShapeError):
+    """The sequence is longer than the mask is defined for."""
+
+
+class LayoutError(ShapeError):
+    """Unknown layout name, or a tensor whose last dimension is not contiguous."""
+
+
+class DtypeError(MaskDSLError, TypeError):
+    """q, k and v have different dtypes, or one the kernels do not compute in."""
+
+
+class DeviceError(MaskDSLError, ValueError):
+    """q, k and v are on different devices, or on one the backend cannot run on."""
+
+
+class ScaleError(MaskDSLError, ValueError):
+    """The softmax scale is not a finite number >= 0."""
+
+
+class UnknownSlotError(MaskDSLError, TypeError):
+    """Data was given for a slot that the mask does not have."""
+
+
+class GradientError(MaskDSLError, RuntimeError):
+    """An input requires a gradient and this backend has no backward pass."""
+
+
+class BackendError(MaskDSLError, RuntimeError):
+    """The backend asked for does not exist or cannot run here."""
+
+
+class ResourceError(MaskDSLError, RuntimeError):
+    """The tile sizes asked for do not fit the device, or are not valid tile sizes."""

@@ -1,0 +1,220 @@
+"""Mask expressions: immutable values with `|`, `&`, `~` and `-`.
+
+A mask is a set of (p, k) pairs, p an absolute query position and k a key index. Operators build
+the normal form at once: n-ary, flat, sorted by a structural key, without duplicates or double
+negation. So two ways of writing the same operands give equal values, one hash and one kernel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, TypeVar
+
+from maskdsl.errors import AmbiguousTruthError, MaskTypeError, SerializationError
+
+Bool = Any  # bool, numpy or torch bool array, or a traced condition: whatever the indices are
+Index = Any  # int, integer array or tensor, or a traced integer
+
+
+class Place(Protocol):
+    """What a mask may ask besides p and k; `Shape` has the lengths, a kernel also batch and head."""
+
+    @property
+    def q_len(self) -> Any: ...
+    @property
+    def kv_len(self) -> Any: ...
+    @property
+    def total_len(self) -> Any: ...
+
+
+class Mask:
+    """A set of (p, k) pairs. Build one from atoms and the operators `|`, `&`, `~`, `-`."""
+
+    __slots__ = ()
+
+    def contains(self, p: Index, k: Index, at: Place) -> Bool:
+        """Whether query position p may see key k, elementwise.
+
+        Written with + - * // % < <= & | ^ alone, so that ints, numpy, torch and the compiler's
+        tracer all run this one definition.
+        """
+        raise NotImplementedError
+
+    def __or__(self, other: Mask) -> Mask:
+        return join(Or, (self, _need_mask(self, "|", other)))
+
+    def __and__(self, other: Mask) -> Mask:
+        return join(And, (self, _need_mask(self, "&", other)))
+
+    def __invert__(self) -> Mask:
+        return self.operand if isinstance(self, Not) else Not(self)
+
+    def __sub__(self, other: Mask) -> Mask:
+        """`a - b` is `a & ~b`."""
+        return self & ~_need_mask(self, "-", other)
+
+    def __bool__(self) -> bool:
+        raise AmbiguousTruthError(
+            f"a mask as a truth value: bool({self!r})",
+            "`and`, `or`, `not` and `if` ask one yes or no of a mask, which is a set of pairs; "
+            "Python would silently drop an operand",
+            "`|` for or, `&` for and, `~` for not; `a == b` compares two masks")
+
+    def __repr__(self) -> str:
+        """Python that makes an equal mask; arguments at their default are left out at the end."""
+        given = [(getattr(self, f.name), f.default) for f in fields(self)]  # type: ignore[arg-type]
+        while given and given[-1][0] == given[-1][1]:
+            given.pop()
+        return f"{type(self).__name__}({', '.join(repr(value) for value, _ in given)})"
+
+    @property
+    def key(self) -> str:
+        """The structural key operands are sorted by."""
+        return repr(self)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that depend on the structure alone, equal in every process."""
+        return hashlib.sha256(self.key.encode()).hexdigest()[:16]
+
+    def limit(self) -> int | None:
+        """The longest length (in tokens) this mask is defined for; None when there is no limit."""
+        return None
+
+    def walk(self) -> Iterator[Mask]:
+        """This node, then everything below it, operands in order."""
+        yield self
+        for child in operands(self):
+            yield from child.walk()
+
+    def to_json(self) -> str:
+        """A JSON text; `from_json` gives an equal mask back."""
+        return json.dumps(_to_data(self), sort_keys=True)
+
+    def picture(self, q_len: int, kv_len: int | None = None) -> str:
+        """The mask drawn with `#` for a live pair and `·` for a dead one, one line a query row."""
+        from maskdsl.show import draw_text  # show imports this module
+
+        return draw_text(self, q_len, kv_len)
+
+
+def _need_mask(left: Mask, operator: str, right: object) -> Mask:
+    if not isinstance(right, Mask):
+        raise MaskTypeError(f"{left!r} {operator} {right!r}",
+                            f"{right!r} is a {type(right).__name__}, not a mask",
+                            "an atom such as Sink(4), or Where(fn) for a function")
+    return right
+
+
+@dataclass(frozen=True, slots=True)
+class Or(Mask):
+    """The pairs in at least one operand."""
+
+    args: tuple[Mask, ...]
+
+    def contains(self, p: Index, k: Index, at: Place) -> Bool:
+        result = self.args[0].contains(p, k, at)
+        for arg in self.args[1:]:
+            result = result | arg.contains(p, k, at)
+        return result
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.args))
+
+
+@dataclass(frozen=True, slots=True)
+class And(Mask):
+    """The pairs in every operand."""
+
+    args: tuple[Mask, ...]
+
+    def contains(self, p: Index, k: Index, at: Place) -> Bool:
+        result = self.args[0].contains(p, k, at)
+        for arg in self.args[1:]:
+            result = result & arg.contains(p, k, at)
+        return result
+
+    def __repr__(self) -> str:
+        return " & ".join(f"({a!r})" if isinstance(a, Or) else repr(a) for a in self.args)
+
+
+@dataclass(frozen=True, slots=True)
+class Not(Mask):
+    """The pairs that are not in the operand."""
+
+    operand: Mask
+
+    def contains(self, p: Index, k: Index, at: Place) -> Bool:
+        # `^ True`, not `~`: on a Python bool, ~True is the integer -2.
+        return self.operand.contains(p, k, at) ^ True
+
+    def __repr__(self) -> str:
+        inner = repr(self.operand)
+        return f"~({inner})" if isinstance(self.operand, (Or, And)) else f"~{inner}"
+
+
+Nary = TypeVar("Nary", Or, And)
+
+
+def join(kind: type[Nary], args: tuple[Mask, ...]) -> Mask:
+    """The normal form of `kind` over `args`: (a | b) | a  -->  a | b, sorted."""
+    flat: list[Mask] = []
+    for arg in args:
+        flat.extend(arg.args if isinstance(arg, kind) else (arg,))
+    unique = sorted(set(flat), key=lambda mask: mask.key)
+    return unique[0] if len(unique) == 1 else kind(tuple(unique))
+
+
+def operands(mask: Mask) -> tuple[Mask, ...]:
+    """The masks directly below `mask`."""
+    if isinstance(mask, (Or, And)):
+        return mask.args
+    return (mask.operand,) if isinstance(mask, Not) else ()
+
+
+# --- text ------------------------------------------------------------------------------------
+
+ATOMS: dict[str, type[Mask]] = {}  # every atom by name; `atom` fills it
+
+Atom = TypeVar("Atom", bound=Mask)
+
+
+def atom(cls: type[Atom]) -> type[Atom]:
+    """Register an atom so that JSON can name it."""
+    ATOMS[cls.__name__] = cls
+    return cls
+
+
+def _to_data(mask: Mask) -> Any:
+    if isinstance(mask, (Or, And)):
+        return {type(mask).__name__: [_to_data(a) for a in mask.args]}
+    if isinstance(mask, Not):
+        return {"Not": _to_data(mask.operand)}
+    values = [getattr(mask, f.name) for f in fields(mask)]  # type: ignore[arg-type]
+    for value in values:
+        if callable(value):
+            raise SerializationError(f"{mask!r}.to_json()", "a Python function has no JSON form",
+                                     "atoms and operators, or pickle with a module-level function")
+    return {type(mask).__name__: values}
+
+
+def from_json(text: str) -> Mask:
+    """The mask that `Mask.to_json` wrote; SerializationError on anything else."""
+    try:
+        return _from_data(json.loads(text))
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise SerializationError(f"from_json({text[:60]!r})", f"not a mask: {error}",
+                                 "a text written by mask.to_json()") from error
+
+
+def _from_data(data: Any) -> Mask:
+    ((name, value),) = data.items()
+    if name == "Not":
+        return ~_from_data(value)
+    if name in ("Or", "And"):
+        return join(Or if name == "Or" else And, tuple(map(_from_data, value)))
+    args = [tuple(v) if isinstance(v, list) else v for v in value]
+    return ATOMS[name](*args)

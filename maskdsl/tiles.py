@@ -1,0 +1,125 @@
+"""Exact facts about a mask at given lengths: intervals of rows, classes of tiles, live pairs.
+
+All of it from the spans, so the cost grows with the rows, never with rows times keys.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import sympy
+
+from maskdsl.expr import Mask
+from maskdsl.shape import Shape
+from maskdsl.spans import Piece, spans
+from maskdsl.text import NUMPY_NAMES, write_condition, write_integer
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+
+
+class TileClass(enum.Enum):
+    """How much of a tile is live."""
+
+    DEAD = "dead"
+    MIXED = "mixed"
+    FULL = "full"
+
+
+def evaluate(text: str, **values: Any) -> Any:
+    """Run one emitted expression on numpy arrays."""
+    return eval(text, dict(NUMPY_NAMES), values)
+
+
+def _largest(terms: tuple[sympy.Expr, ...], values: dict[str, Any], default: Ints) -> Ints:
+    result = default
+    for term in terms:
+        result = np.maximum(result, evaluate(write_integer(term), **values))
+    return result
+
+
+def _smallest(terms: tuple[sympy.Expr, ...], values: dict[str, Any], default: Ints) -> Ints:
+    result = default
+    for term in terms:
+        result = np.minimum(result, evaluate(write_integer(term), **values))
+    return result
+
+
+def names_of(shape: Shape, batch: int = 0, head: int = 0) -> dict[str, Any]:
+    """The lengths of a call under the names the emitted text uses."""
+    return {"q_len": shape.q_len, "kv_len": shape.kv_len, "total_len": shape.total_len,
+            "batch": batch, "head": head}
+
+
+def row_intervals(piece: Piece, p: Ints, shape: Shape, head: int = 0) -> tuple[Ints, Ints]:
+    """[lo, hi) of the piece for every absolute position in `p`, int64[len(p)]; hi = lo where void."""
+    values = {**names_of(shape, head=head), "p": p}
+    lo = _largest(piece.lo, values, np.zeros_like(p))
+    hi = _smallest(piece.hi, values, np.full_like(p, shape.kv_len))
+    first = _largest(piece.first, values, np.full_like(p, np.iinfo(np.int64).min))
+    last = _smallest(piece.last, values, np.full_like(p, np.iinfo(np.int64).max))
+    hi = np.where((p >= first) & (p < last), hi, lo)
+    return lo, np.maximum(lo, hi)
+
+
+def live_rows(mask: Mask, p: Ints, k: Ints, shape: Shape, head: int = 0) -> npt.NDArray[np.bool_]:
+    """bool[len(p), len(k)], rasterised from the spans (not from `contains`)."""
+    live = np.zeros((len(p), len(k)), dtype=bool)
+    for piece in spans(mask):
+        lo, hi = row_intervals(piece, p, shape, head)
+        inside = (k >= lo[:, None]) & (k < hi[:, None])
+        if not piece.is_exact:
+            values = {**names_of(shape, head=head), "p": p[:, None], "k": k[None, :]}
+            inside = inside & evaluate(write_condition(piece.rest), **values)
+        live |= inside
+    return live
+
+
+def rasterise(mask: Mask, shape: Shape, head: int = 0) -> npt.NDArray[np.bool_]:
+    """The spans as bool[q_len, kv_len]; law 3 says this is `dense`."""
+    p = np.arange(shape.q_len, dtype=np.int64) + shape.q_offset
+    return live_rows(mask, p, np.arange(shape.kv_len, dtype=np.int64), shape, head)
+
+
+def classify_tile(mask: Mask, shape: Shape, rows: tuple[int, int], keys: tuple[int, int],
+                  head: int = 0) -> TileClass:
+    """The class of the tile of query rows [r0, r1) and keys [k0, k1), cut to the call's lengths."""
+    p = np.arange(rows[0], min(rows[1], shape.q_len), dtype=np.int64) + shape.q_offset
+    k = np.arange(keys[0], min(keys[1], shape.kv_len), dtype=np.int64)
+    live = live_rows(mask, p, k, shape, head)
+    if not live.any():
+        return TileClass.DEAD
+    return TileClass.FULL if live.all() else TileClass.MIXED
+
+
+def count_rows(mask: Mask, p: Ints, shape: Shape, head: int = 0) -> Ints:
+    """Live keys of every row in `p`, int64[len(p)]."""
+    pieces = spans(mask)
+    if not all(piece.is_exact for piece in pieces):
+        return _count_tested(mask, p, shape, head)
+    if not pieces:
+        return np.zeros_like(p)
+    bounds = [row_intervals(piece, p, shape, head) for piece in pieces]
+    # Sorting starts and ends apart keeps how many intervals cover each key, hence their union.
+    lo = np.sort(np.stack([b[0] for b in bounds]), axis=0)
+    hi = np.sort(np.stack([b[1] for b in bounds]), axis=0)
+    lo[1:] = np.maximum(lo[1:], hi[:-1])
+    counts: Ints = (hi - lo).sum(axis=0)
+    return counts
+
+
+def _count_tested(mask: Mask, p: Ints, shape: Shape, head: int, step: int = 1 << 22) -> Ints:
+    """Counting pair by pair, in slices of about `step` pairs, where intervals do not decide."""
+    k = np.arange(shape.kv_len, dtype=np.int64)
+    rows = max(1, step // max(1, shape.kv_len))
+    parts = [live_rows(mask, p[i:i + rows], k, shape, head).sum(axis=1)
+             for i in range(0, len(p), rows)]
+    return np.concatenate(parts).astype(np.int64) if parts else np.zeros_like(p)
+
+
+def count_pairs(mask: Mask, shape: Shape, head: int = 0) -> int:
+    """Live (query, key) pairs of one head; exact."""
+    p = np.arange(shape.q_len, dtype=np.int64) + shape.q_offset
+    return int(count_rows(mask, p, shape, head).sum())

@@ -1,0 +1,57 @@
+"""`Where`: any FlexAttention-style function as a mask."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from maskdsl.errors import AtomArgumentError
+from maskdsl.expr import Bool, Index, Mask, Place
+
+MaskMod = Callable[[Any, Any, Any, Any], Any]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Where(Mask):
+    """Any FlexAttention-style `mask_mod(b, h, q_idx, kv_idx) -> bool`.
+
+    q_idx is the absolute position p (equal to FlexAttention's for square calls). The function is
+    traced once: what it does with + - * // % comparisons & | ^ ~ and torch.where / minimum /
+    maximum / abs / logical_* becomes geometry and kernel text like any atom's, so a window written
+    as a lambda skips the same tiles as `Window`. A function that cannot be traced (it reads a
+    tensor, say) still runs on the torch backend; the Triton backend raises TraceError.
+
+    >>> print(Where(lambda b, h, q, k: q - k == 1).picture(3))
+    ···
+    #··
+    ·#·
+    """
+
+    mask_mod: MaskMod
+
+    def __post_init__(self) -> None:
+        if not callable(self.mask_mod):
+            raise AtomArgumentError(f"Where({self.mask_mod!r})", "not a function",
+                                    "Where(lambda b, h, q, k: q >= k)")
+        try:
+            inspect.signature(self.mask_mod).bind(0, 0, 0, 0)
+        except TypeError as error:
+            raise AtomArgumentError(f"Where({self.mask_mod!r})",
+                                    f"it cannot be called with (b, h, q, k): {error}",
+                                    "Where(lambda b, h, q, k: q >= k)") from error
+        except ValueError:  # a builtin without a signature: let the call tell
+            pass
+
+    def contains(self, p: Index, k: Index, at: Place) -> Bool:
+        return self.mask_mod(getattr(at, "batch", 0), getattr(at, "head", 0), p, k)
+
+    def __repr__(self) -> str:
+        fn = self.mask_mod
+        return f"Where({getattr(fn, '__qualname__', type(fn).__name__)})"
+
+    @property
+    def key(self) -> str:
+        """Unlike an atom's, tied to this very function: two lambdas may share a name."""
+        return f"{self!r}@{id(self.mask_mod):x}"
