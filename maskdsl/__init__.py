@@ -1,0 +1,41 @@
+"""maskdsl: a composable sparse-attention mask language and compiler for PyTorch.
+
+    from maskdsl import compile, Sink, Window, LastQ
+    attn = compile(Sink(4) | Window(2048) | LastQ(64))
+    out = attn(q, k, v)
+"""
+
+from maskdsl import errors
+from maskdsl.api import Attention, compile
+from maskdsl.atoms import (
+    Band,
+    Causal,
+    Chunk,
+    Diagonal,
+    Empty,
+    FirstQ,
+    Full,
+    KeyRange,
+    LastQ,
+    PrefixLM,
+    QueryRange,
+    Sink,
+    Window,
+)
+from maskdsl.dense import dense, dense_attention
+from maskdsl.errors import MaskDSLError
+from maskdsl.expr import Mask, from_json
+from maskdsl.periodic import BlockDiagonal, Dilated, RandomBlocks, Slash, Stride, Vertical
+from maskdsl.shape import Shape
+from maskdsl.show import save_picture
+from maskdsl.simplify import simplify
+from maskdsl.where import Where
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attention", "Band", "BlockDiagonal", "Causal", "Chunk", "Diagonal", "Dilated", "Empty",
+    "FirstQ", "Full", "KeyRange", "LastQ", "Mask", "MaskDSLError", "PrefixLM", "QueryRange",
+    "RandomBlocks", "Shape", "Sink", "Slash", "Stride", "Vertical", "Where", "Window",
+    "compile", "dense", "dense_attention", "errors", "from_json", "save_picture", "simplify",
+]

@@ -1,0 +1,193 @@
+"""Launching: from tensors to one call of the emitted kernel."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from maskdsl.codegen.build import load_module
+from maskdsl.codegen.emit import emit_source
+from maskdsl.codegen.plan import Plan
+from maskdsl.codegen.planner import make_plan, mean_row_width
+from maskdsl.codegen.tune import Config, pick_config
+from maskdsl.errors import BackendError, DeviceError, DtypeError
+from maskdsl.expr import Mask
+from maskdsl.shape import Shape
+
+LOG2_E = 1.4426950408889634
+
+
+def interpreting() -> bool:
+    """Whether Triton runs in its interpreter (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def can_launch() -> bool:
+    """Whether there is a GPU, or the interpreter in its place."""
+    return interpreting() or torch.cuda.is_available()
+
+
+@lru_cache(maxsize=16)
+def arch_of(device: torch.device) -> str:
+    """The chip's name as `tune` spells it."""
+    if device.type == "cpu":
+        return "cpu"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One specialisation: what Triton compiles separately."""
+
+    plan: Plan
+    config: Config
+    forward: Any  # the JIT function
+    constants: dict[str, Any]
+
+
+class TritonForward:
+    """The forward kernels of one mask. One compiled kernel serves every length, batch and head
+    count; only dtype, head sizes, and whether tensors are aligned make another."""
+
+    def __init__(self, mask: Mask, config: Config | None = None) -> None:
+        if not can_launch():
+            raise BackendError("backend='triton'", "there is no GPU here",
+                               "backend='torch', or TRITON_INTERPRET=1 to test on a CPU")
+        self.mask = mask
+        self.chosen = config.check() if config else None
+        self.variants: dict[tuple[Any, ...], Variant] = {}
+
+    @cached_property
+    def width(self) -> float:
+        """Mean live keys per row, for the choice of tiles."""
+        return mean_row_width(self.mask)
+
+    def config(self, arch: str, head_dim: int, value_dim: int, item_size: int) -> Config:
+        """The tile sizes in use: the user's, or the tuned ones."""
+        return self.chosen or pick_config(arch, head_dim, value_dim, item_size, self.width)
+
+    def default_config(self, head_dim: int) -> Config:
+        """The config for two-byte elements on the current device."""
+        device = torch.device("cpu" if interpreting() else "cuda")
+        return self.config(arch_of(device), head_dim, head_dim, 2)
+
+    def variant(self, arch: str, dtype: torch.dtype, head_dim: int, value_dim: int, align: int,
+                use_tma: bool, with_lse: bool) -> Variant:
+        """The specialisation for these properties, built on first use."""
+        key = (arch, dtype, head_dim, value_dim, align, use_tma, with_lse)
+        if key not in self.variants:
+            config = self.config(arch, head_dim, value_dim, dtype.itemsize)
+            plan = make_plan(self.mask, config.block_m, config.block_n)
+            module = load_module(emit_source(plan))
+            constants = kernel_constants(config, dtype, head_dim, value_dim, align, use_tma,
+                                         with_lse)
+            self.variants[key] = Variant(plan, config, module.forward, constants)
+        return self.variants[key]
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+                 lse: torch.Tensor | None, shape: Shape, scale: float) -> None:
+        """Fill `out` (and `lse`); all tensors as [B, H, L, D] views, already checked."""
+        if not out.numel():
+            return
+        if not shape.kv_len:
+            out.zero_()
+            if lse is not None:
+                lse.fill_(float("-inf"))
+            return
+        with torch.cuda.device(q.device) if q.is_cuda else _NoDevice():
+            self._launch(q, k, v, out, lse, shape, scale)
+
+    def _launch(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+                lse: torch.Tensor | None, shape: Shape, scale: float) -> None:
+        check_device(q)
+        arch = arch_of(q.device)
+        strides = [live_strides(t) for t in (q, k, v, out)]
+        align = common_alignment(strides)
+        use_tma = arch.startswith("sm_") and int(arch[3:]) >= 90 and fits_tma(k, strides[1]) \
+            and fits_tma(v, strides[2])
+        chosen = self.variant(arch, q.dtype, q.shape[3], v.shape[3], align, use_tma,
+                              lse is not None)
+        constants, config = chosen.constants, chosen.config
+        keys: Any = k
+        values: Any = v
+        if use_tma:
+            keys = describe(k, strides[1], config.block_n, constants["QK_BLOCK"])
+            values = describe(v, strides[2], config.block_n, constants["V_BLOCK"])
+        batch, heads = q.shape[0], q.shape[1]
+        grid = (-(-shape.q_len // config.block_m) * batch * heads,)
+        chosen.forward[grid](
+            q, keys, values, out, out if lse is None else lse,
+            *strides[0], *strides[1], *strides[2], *strides[3],
+            batch * heads, heads, heads // k.shape[1],
+            shape.q_len, shape.kv_len, shape.q_offset, shape.total_len, scale * LOG2_E,
+            **constants, num_warps=config.warps, num_stages=config.stages)
+
+
+class _NoDevice:
+    """A context that does nothing, for tensors on the CPU."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def kernel_constants(config: Config, dtype: torch.dtype, head_dim: int, value_dim: int,
+                     align: int, use_tma: bool, with_lse: bool) -> dict[str, Any]:
+    """The constexpr arguments of `forward`."""
+    return {
+        "HEAD_DIM": head_dim, "VALUE_DIM": value_dim,
+        "QK_BLOCK": triton.next_power_of_2(head_dim), "V_BLOCK": triton.next_power_of_2(value_dim),
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.stages,
+        "ALIGN": align, "USE_TMA": use_tma, "WITH_LSE": with_lse,
+        # float32 inputs mean float32 precision: TF32 would lose 13 bits in silence
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
+
+
+def check_device(q: torch.Tensor) -> None:
+    """Refuse tensors and dtypes the kernel cannot run on."""
+    if not q.is_cuda and not interpreting():
+        raise DeviceError(f"tensors on {q.device} with backend='triton'",
+                          "a Triton kernel needs tensors on a GPU",
+                          "q.cuda() and so on, or compile(..., backend='torch')")
+    if interpreting() and q.dtype == torch.bfloat16:
+        raise DtypeError("bfloat16 tensors under TRITON_INTERPRET=1",
+                         "the interpreter's bfloat16 dot product is silently wrong",
+                         "float16 or float32 tensors, or backend='torch'")
+
+
+def live_strides(t: torch.Tensor) -> tuple[int, int, int]:
+    """Strides of batch, head and length in elements; 0 where the dimension has one entry."""
+    b, h, n, _ = t.shape
+    sb, sh, sl, _ = t.stride()
+    return sb if b > 1 else 0, sh if h > 1 else 0, sl if n > 1 else 0
+
+
+def common_alignment(strides: list[tuple[int, int, int]]) -> int:
+    """The largest of 16, 8, 1 elements that divides every stride."""
+    flat = [s for three in strides for s in three]
+    return next(a for a in (16, 8, 1) if all(s % a == 0 for s in flat))
+
+
+def fits_tma(t: torch.Tensor, strides: tuple[int, int, int]) -> bool:
+    """Whether the hardware can copy tiles of `t`: 16-byte aligned base and strides, no stride 0."""
+    size = t.element_size()
+    if t.data_ptr() % 16 or any(s * size % 16 for s in strides):
+        return False
+    return all(s or n == 1 for s, n in zip(strides, t.shape[:3], strict=True))
+
+
+def describe(t: torch.Tensor, strides: tuple[int, int, int], rows: int, block: int) -> Any:
+    """A TMA descriptor of k or v with tiles of [1, 1, rows, block]; out of bounds reads give 0."""
+    row = 16 * -(-t.shape[3] // 16)  # any legal stride, for dimensions of one entry
+    shape = list(t.shape)
+    return TensorDescriptor(t, shape, [s or row for s in strides] + [1], [1, 1, rows, block])

@@ -1,0 +1,145 @@
+"""The same plan with plain torch ops: CPU and anything else torch runs on; differentiable.
+
+Each query tile multiplies only the key ranges its plan visits, and tests the mask only on MASKED
+ones. Memory beyond the output is one tile's scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from maskdsl.atoms import Full
+from maskdsl.codegen.plan import Plan
+from maskdsl.codegen.planner import make_plan
+from maskdsl.expr import And, Mask, Not, Or, join
+from maskdsl.shape import Shape, Site
+from maskdsl.simplify import simplify
+from maskdsl.trace import is_traceable
+
+BLOCK_M, BLOCK_N = 128, 128  # tokens; 64..256 are within 10 % of each other on a 2-core x86
+SCORE_LIMIT = 1 << 24  # elements of one tile's scores over all heads, 64 MB in float32
+
+Range = tuple[int, int, bool]  # first key, last key + 1, masked
+
+
+def torch_plan(mask: Mask) -> Plan:
+    """The plan this backend runs: of the mask, or of a superset where a function is opaque."""
+    return make_plan(simplify(widen_opaque(mask)), BLOCK_M, BLOCK_N)
+
+
+def widen_opaque(mask: Mask) -> Mask:
+    """A superset without untraceable functions: opaque & Window(8)  -->  Window(8)."""
+    if is_traceable(mask):
+        return mask
+    if isinstance(mask, (Or, And)):
+        kind = Or if isinstance(mask, Or) else And
+        return join(kind, tuple(map(widen_opaque, mask.args)))
+    if isinstance(mask, Not) and isinstance(mask.operand, (Or, And)):
+        kind = And if isinstance(mask.operand, Or) else Or
+        return join(kind, tuple(widen_opaque(~arg) for arg in mask.operand.args))
+    return Full()
+
+
+class TorchForward:
+    """Block-sparse attention of one mask with torch ops."""
+
+    def __init__(self, mask: Mask) -> None:
+        self.mask = mask
+        self.plan = torch_plan(mask)
+        self.opaque = not is_traceable(mask)
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
+                 scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output [B, Hq, Lq, Dv] in the dtype of q, lse [B, Hq, Lq]; inputs [B, H, L, D] views."""
+        if not (self.opaque or self.plan.needs_head):
+            return self._attend(q, k, v, shape, scale, 0, 0)
+        group = q.shape[1] // k.shape[1]
+        rows = []
+        for b in range(q.shape[0]):
+            heads = [self._attend(q[b:b + 1, h:h + 1], k[b:b + 1, h // group, None],
+                                  v[b:b + 1, h // group, None], shape, scale, b, h)
+                     for h in range(q.shape[1])]
+            rows.append(tuple(torch.cat(parts, 1) for parts in zip(*heads, strict=True)))
+        out, lse = (torch.cat(parts, 0) for parts in zip(*rows, strict=True))
+        return out, lse
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
+                scale: float, batch: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Heads that share one mask; (batch, head) is the first of them."""
+        b, heads, _, dim = q.shape
+        grouped = q.reshape(b, k.shape[1], heads // k.shape[1], shape.q_len, dim)
+        site = Site.of(shape, batch, head)
+        outs, lses = [], []
+        for first, ranges in walk_tiles(self.plan, shape, batch, head, self.opaque):
+            last = min(first + BLOCK_M, shape.q_len)
+            keys = sum(stop - start for start, stop, _ in ranges)
+            step = max(1, min(BLOCK_M, SCORE_LIMIT // max(1, b * heads * keys)))
+            for row in range(first, last, step):
+                rows = slice(row, min(row + step, last))
+                p = torch.arange(rows.start, rows.stop, device=q.device) + shape.q_offset
+                out, lse = attend_rows(self.mask, grouped[:, :, :, rows], k, v, ranges, p, site,
+                                       scale)
+                outs.append(out)
+                lses.append(lse)
+        if not outs:
+            return q.new_zeros(b, heads, 0, v.shape[3]), q.new_zeros(b, heads, 0).float()
+        out = torch.cat(outs, 3).reshape(b, heads, shape.q_len, v.shape[3])
+        return out.to(q.dtype), torch.cat(lses, 3).reshape(b, heads, shape.q_len)
+
+
+def walk_tiles(plan: Plan, shape: Shape, batch: int, head: int,
+               opaque: bool) -> Iterator[tuple[int, list[Range]]]:
+    """(first row, key ranges) of every query tile; neighbouring tiles of a kind are one range."""
+    values = plan.run_bounds(shape, batch, head)
+    full, masked = (plan.segments(which, values) for which in (plan.full, plan.masked))
+    tiles = np.arange(-(-shape.kv_len // plan.block_n))
+    for i, row in enumerate(range(0, shape.q_len, plan.block_m)):
+        kinds = np.zeros(len(tiles), dtype=np.int8)
+        for start, stop in masked:
+            kinds[start[i]:stop[i]] = 1
+        if plan.sieve is not None:
+            kinds *= plan.sift(values | {"p_first": values["p_first"][i:i + 1],
+                                         "p_last": values["p_last"][i:i + 1]}, tiles)[0]
+        for start, stop in full:
+            kinds[start[i]:stop[i]] = 1 if opaque else 2
+        yield row, ranges_of(kinds, plan.block_n, shape.kv_len)
+
+
+def ranges_of(kinds: npt.NDArray[np.int8], block_n: int, kv_len: int) -> list[Range]:
+    """Runs of equal tiles as key ranges, dead ones left out: 0 1 1 2  -->  [b, 3b) and [3b, 4b)."""
+    borders = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+    return [(a * block_n, min(b * block_n, kv_len), kinds[a] == 1)
+            for a, b in pairwise(borders) if a < b and kinds[a]]
+
+
+def attend_rows(mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                ranges: list[Range], p: torch.Tensor, site: Site,
+                scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some query rows against their key ranges: one softmax over all of them.
+
+    q [B, Hkv, group, rows, D], k and v [B, Hkv, L, D or Dv], p int64[rows] absolute positions
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if not ranges:
+        shape = (*q.shape[:-1], v.shape[-1])
+        return q.new_zeros(shape), torch.full(shape[:-1], -torch.inf, dtype=wide, device=q.device)
+    q = q.to(wide) * scale
+    parts = []
+    for start, stop, masked in ranges:
+        part = q @ k[:, :, None, start:stop].to(wide).transpose(-1, -2)
+        if masked:
+            keys = torch.arange(start, stop, device=q.device)
+            live = torch.as_tensor(mask.contains(p[:, None], keys[None, :], site), device=q.device)
+            part = part.masked_fill(~live, -torch.inf)
+        parts.append(part)
+    scores = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    values = [v[:, :, None, start:stop].to(wide) for start, stop, _ in ranges]
+    out = weights @ (torch.cat(values, 3) if len(values) > 1 else values[0])
+    return out, lse

@@ -1,0 +1,71 @@
+"""Tile sizes, warps and pipeline stages. Every number says where it was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maskdsl.errors import ResourceError
+
+# Live keys per row above which a mask is treated as dense: below it a long query tile wastes
+# more on its partly dead edges than it saves on loads (H100, see docs/benchmarks).
+DENSE_WIDTH = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How one kernel is cut: tile sizes in tokens, warps per program, software pipeline stages."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+    def check(self) -> Config:
+        """This config, or a ResourceError when a tile size is not one Triton can take."""
+        for name in ("block_m", "block_n"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 16 or size > 256 or size & (size - 1):
+                raise ResourceError(f"tile with {name}={size!r}", "a power of two in 16..256 is "
+                                    "needed", "tile=(64, 64)")
+        if self.warps not in (1, 2, 4, 8) or not 1 <= self.stages <= 8:
+            raise ResourceError(f"warps={self.warps}, stages={self.stages}",
+                                "warps must be 1, 2, 4 or 8, and stages 1..8", "warps=4, stages=3")
+        return self
+
+
+def pick_config(arch: str, head_dim: int, value_dim: int, item_size: int,
+                width: float) -> Config:
+    """The config for one chip, head size and mask.
+
+    arch       "sm_80", "sm_90", "sm_100", "gfx942", ...; "cpu" for the interpreter
+    item_size  bytes of an element
+    width      mean live keys per row of a long call
+    """
+    if arch == "cpu":
+        return Config(32, 32, 4, 1)
+    size = max(head_dim, value_dim)
+    if arch.startswith("gfx"):
+        return _pick_amd(size, item_size)
+    if item_size == 4:
+        return Config(64, 32, 4, 2) if size <= 128 else Config(32, 32, 4, 2)
+    if size > 128:
+        return Config(64, 32, 4, 2) if arch < "sm_90" and len(arch) == 5 else Config(64, 64, 4, 2)
+    if width >= DENSE_WIDTH:
+        return Config(128, 64, 8, 3)
+    return Config(64, 64, 4, 3)
+
+
+def _pick_amd(size: int, item_size: int) -> Config:
+    """64 KB of shared memory: K and V once, no deep pipeline."""
+    if size > 128 or item_size == 4:
+        return Config(32, 32, 4, 1)
+    return Config(64, 64, 4, 1)
+
+
+def config_for_tile(tile: tuple[int, int]) -> Config:
+    """The config of a tile the user chose; 4 warps for up to 64 rows, 8 beyond."""
+    try:
+        block_m, block_n = tile
+    except (TypeError, ValueError):
+        raise ResourceError(f"tile={tile!r}", "not a pair (queries, keys)", "tile=(64, 64)") from None
+    return Config(block_m, block_n, 8 if isinstance(block_m, int) and block_m > 64 else 4, 2).check()

@@ -1,0 +1,190 @@
+"""`compile`: from a mask to something that computes attention."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+
+from maskdsl.atoms import Causal
+from maskdsl.errors import BackendError, MaskTypeError
+from maskdsl.expr import Mask
+from maskdsl.inputs import (
+    DTYPES,
+    check_gradients,
+    check_layout,
+    check_limit,
+    check_ranks,
+    check_scale,
+    check_slots,
+    check_tensors,
+)
+from maskdsl.shape import Shape
+from maskdsl.simplify import simplify
+
+if TYPE_CHECKING:
+    from maskdsl.codegen.explain import Explanation
+    from maskdsl.codegen.kernel import TritonForward
+    from maskdsl.codegen.plan import Plan
+    from maskdsl.codegen.torch_backend import TorchForward
+
+BACKENDS = ("triton", "torch")
+HEAD_DIM = 128  # what `.plan` and `.source` show before the first call
+
+
+def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
+            layout: str = "bhld", scale: float | None = None,
+            tile: tuple[int, int] | None = None) -> Attention:
+    """A callable that computes attention under `mask`, specialised for it.
+
+    mask     the allowed (query, key) pairs
+    causal   True (default) intersects with `Causal()`, since these are decoder prefill patterns;
+             False takes the mask as it stands (two-sided windows, `PrefixLM`, cross attention)
+    backend  "triton" (GPU), "torch" (any device, differentiable); default: "triton" where there is
+             a GPU, else "torch". What runs is told by `.backend`; nothing falls back in silence.
+    layout   "bhld" for [B, H, L, D] tensors, "blhd" for [B, L, H, D]
+    scale    softmax scale; default D ** -0.5
+    tile     (queries, keys) per tile of the Triton kernel; default: tuned, see `.explain()`
+
+    Errors: MaskTypeError, BackendError, LayoutError, ScaleError, ResourceError.
+    """
+    if not isinstance(mask, Mask):
+        raise MaskTypeError(f"compile({mask!r})", f"{type(mask).__name__} is not a mask",
+                            "an expression such as Sink(4) | Window(2048), or Where(fn)")
+    whole = simplify(Causal() & mask if causal else mask)
+    return Attention(whole, pick_backend(backend), check_layout(layout), scale, tile)
+
+
+def pick_backend(backend: str | None) -> str:
+    """The backend asked for, or the one for this machine."""
+    if backend is None:
+        return "triton" if torch.cuda.is_available() else "torch"
+    if backend not in BACKENDS:
+        raise BackendError(f"backend={backend!r}", "unknown backend",
+                           " or ".join(f"backend={name!r}" for name in BACKENDS))
+    return backend
+
+
+class Attention:
+    """Attention under one mask: call it with q, k, v. Made by `compile`."""
+
+    def __init__(self, mask: Mask, backend: str, layout: str, scale: float | None,
+                 tile: tuple[int, int] | None) -> None:
+        self.mask = mask
+        self.backend = backend
+        self.layout = layout
+        self.scale = None if scale is None else check_scale(scale, 1)
+        self.limit = min((x for node in mask.walk() if (x := node.limit()) is not None),
+                         default=None)
+        self._tile = tile
+        self._run: Any = self._triton if backend == "triton" else self._torch
+        _ = self._forward  # what cannot be compiled fails now, not at the first call
+
+    @cached_property
+    def _forward(self) -> TritonForward | TorchForward:
+        if self.backend == "torch":
+            from maskdsl.codegen.torch_backend import TorchForward
+
+            return TorchForward(self.mask)
+        from maskdsl.codegen.kernel import TritonForward
+        from maskdsl.codegen.tune import config_for_tile
+
+        return TritonForward(self.mask, config_for_tile(self._tile) if self._tile else None)
+
+    def __repr__(self) -> str:
+        return f"<maskdsl attention {self.mask!r}, backend={self.backend!r}>"
+
+    @overload
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
+                 scale: float | None = None, q_offset: int | None = None,
+                 total_len: int | None = None, return_lse: Literal[False] = False,
+                 **slots: object) -> torch.Tensor: ...
+
+    @overload
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
+                 scale: float | None = None, q_offset: int | None = None,
+                 total_len: int | None = None, return_lse: Literal[True],
+                 **slots: object) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
+                 scale: float | None = None, q_offset: int | None = None,
+                 total_len: int | None = None, return_lse: bool = False,
+                 **slots: object) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """softmax(scale * q k^T restricted to the mask) v.
+
+        q          [B, Hq, Lq, D]; float16, bfloat16 or float32; D in 16..256
+        k, v       [B, Hkv, Lk, D], [B, Hkv, Lk, Dv]; Hq a whole multiple of Hkv; Dv in 16..256
+                   (all three [B, L, H, D] when compiled with layout="blhd"); any strides with a
+                   contiguous last dimension, nothing is copied
+        scale      softmax scale; default D ** -0.5
+        q_offset   absolute position of query row 0, in tokens; default Lk - Lq
+        total_len  length of the whole prompt in tokens; default Lk. Chunked prefill needs it for
+                   masks that count from the end (`LastQ`).
+
+        Returns the output, of q's dtype and layout with last dimension Dv; with return_lse=True
+        also the log-sum-exp, float32 [B, Hq, Lq], natural logarithm. A row without a live key
+        gives 0 and -inf. Errors: subclasses of ShapeError, DtypeError, DeviceError, ScaleError,
+        UnknownSlotError, GradientError, all before anything is launched.
+        """
+        check_ranks(q, k, v, self.layout)
+        if self.layout == "blhd":
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if slots:
+            check_slots(slots, ())
+        check_tensors(q, k, v, DTYPES if self.backend == "triton" else (*DTYPES, torch.float64))
+        shape = Shape(q.shape[2], k.shape[2], q_offset, total_len)  # type: ignore[arg-type]
+        if self.limit is not None:
+            check_limit(self.limit, shape.q_offset + shape.q_len, shape.kv_len, self.mask)
+        number = check_scale(self.scale if scale is None else scale, q.shape[3])
+        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = \
+            self._run(q, k, v, shape, number, return_lse)
+        return result
+
+    def _triton(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
+                scale: float, return_lse: bool) -> Any:
+        check_gradients(q, k, v)
+        b, h, n, _ = q.shape
+        dim = v.shape[3]
+        if self.layout == "blhd":
+            out = torch.empty((b, n, h, dim), dtype=q.dtype, device=q.device)
+            view = out.transpose(1, 2)
+        else:
+            view = out = torch.empty((b, h, n, dim), dtype=q.dtype, device=q.device)
+        lse = torch.empty((b, h, n), dtype=torch.float32, device=q.device) if return_lse else None
+        self._forward(q, k, v, view, lse, shape, scale)  # type: ignore[call-arg, arg-type]
+        return (out, lse) if return_lse else out
+
+    def _torch(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
+               scale: float, return_lse: bool) -> Any:
+        out, lse = self._forward(q, k, v, shape, scale)  # type: ignore[call-arg, misc]
+        if self.layout == "blhd":
+            out = out.transpose(1, 2)
+        return (out, lse) if return_lse else out
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the kernel for bfloat16 and head dimension 128 (or of the torch backend)."""
+        if self.backend == "torch":
+            return self._forward.plan  # type: ignore[union-attr]
+        from maskdsl.codegen.planner import make_plan
+
+        config = self._forward.default_config(HEAD_DIM)  # type: ignore[union-attr]
+        return make_plan(self.mask, config.block_m, config.block_n)
+
+    @property
+    def source(self) -> str:
+        """The Triton source of `plan`: a file that stands alone."""
+        from maskdsl.codegen.emit import emit_source
+
+        return emit_source(self.plan)
+
+    def explain(self, q_len: int, kv_len: int | None = None, *, q_offset: int | None = None,
+                total_len: int | None = None, heads: int = 1,
+                head_dim: int = HEAD_DIM) -> Explanation:
+        """What a call of these lengths (tokens) costs: live pairs, tiles, memory; `print` it."""
+        from maskdsl.codegen.explain import explain_call
+
+        shape = Shape(q_len, q_len if kv_len is None else kv_len, q_offset,  # type: ignore[arg-type]
+                      total_len)  # type: ignore[arg-type]
+        return explain_call(self.plan, shape, self.backend, heads, head_dim)
