@@ -126,7 +126,7 @@ class TritonForward:
         grid = (-(-shape.q_len // config.block_m) * batch * heads,)
         chosen.forward[grid](
             q, keys, values, out, out if lse is None else lse,
-            *strides[0], *strides[1], *strides[2], *strides[3],
+            *[s // align for three in strides for s in three],
             batch * heads, heads, heads // k.shape[1],
             shape.q_len, shape.kv_len, shape.q_offset, shape.total_len, scale * LOG2_E,
             **constants, num_warps=config.warps, num_stages=config.stages)

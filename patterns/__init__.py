@@ -1,0 +1,29 @@
+"""Published attention patterns as mask expressions. Imported as `maskdsl.patterns`.
+
+Every function is a pure function of plain numbers and returns an ordinary mask, to be composed
+further: `streaming_llm(4, 2044) | Vertical([100, 200])`.
+"""
+
+if __name__ != "maskdsl.patterns":
+    raise ImportError(f"import maskdsl.patterns, not {__name__}: the folder is a part of maskdsl")
+
+from maskdsl.patterns.classic import (
+    bigbird,
+    chunked,
+    dilated_window,
+    longformer,
+    longnet,
+    prefix_lm,
+    sliding_window,
+    sparse_transformer_fixed,
+    sparse_transformer_strided,
+    streaming_llm,
+    tri_shape,
+)
+from maskdsl.patterns.trianglemix import triangle
+
+__all__ = [
+    "bigbird", "chunked", "dilated_window", "longformer", "longnet", "prefix_lm",
+    "sliding_window", "sparse_transformer_fixed", "sparse_transformer_strided", "streaming_llm",
+    "tri_shape", "triangle",
+]

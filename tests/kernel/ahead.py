@@ -1,0 +1,96 @@
+"""Compile emitted kernels for chips that are not here, and read what came out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from maskdsl.atoms import Causal
+from maskdsl.codegen.build import load_module
+from maskdsl.codegen.emit import emit_source
+from maskdsl.codegen.kernel import kernel_constants
+from maskdsl.codegen.planner import make_plan, mean_row_width
+from maskdsl.codegen.tune import Config, pick_config
+from maskdsl.expr import Mask
+from maskdsl.simplify import simplify
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a chip's compiler made of a kernel."""
+
+    shared: int  # bytes
+    spills: int  # bytes (NVIDIA) or registers (AMD) spilled
+    text: str  # PTX or AMD assembly
+
+
+def compile_for(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int = 0, *,
+                causal: bool = True, config: Config | None = None) -> Compiled:
+    """Compile the forward kernel of a mask in its default config for one chip."""
+    value_dim = value_dim or head_dim
+    whole = simplify(Causal() & mask if causal else mask)
+    config = config or pick_config(chip, head_dim, value_dim, dtype.itemsize, mean_row_width(whole))
+    forward = load_module(emit_source(make_plan(whole, config.block_m, config.block_n))).forward
+    use_tma = chip in ("sm_90", "sm_100")
+    constants = kernel_constants(config, dtype, head_dim, value_dim, 16, use_tma, True)
+    source = ASTSource(forward, *signature_of(forward, dtype, constants))
+    kernel = triton.compile(source, target=TARGETS[chip],
+                            options={"num_warps": config.warps, "num_stages": config.stages})
+    text = kernel.asm["ptx" if chip.startswith("sm") else "amdgcn"]
+    return Compiled(kernel.metadata.shared, count_spills(chip, text), text)
+
+
+def signature_of(forward: Any, dtype: torch.dtype, constants: dict[str, Any]) -> tuple[
+        dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constexprs and attributes as the launcher would specialise them."""
+    name = NAMES[dtype]
+    types = {"q_ptr": f"*{name}", "k_base": f"*{name}", "v_base": f"*{name}",
+             "out_ptr": f"*{name}", "lse_ptr": "*fp32", "scale": "fp32"}
+    if constants["USE_TMA"]:
+        for arg, block in (("k_base", "QK_BLOCK"), ("v_base", "V_BLOCK")):
+            types[arg] = f"tensordesc<{name}[1, 1, {constants['BLOCK_N']}, {constants[block]}]>"
+    signature, attributes = {}, {}
+    for i, arg in enumerate(forward.arg_names):
+        if arg in constants:
+            signature[arg] = "constexpr"
+        else:
+            signature[arg] = types.get(arg, "i64" if "stride" in arg else "i32")
+        if signature[arg].startswith("*"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    places = {(forward.arg_names.index(arg),): value for arg, value in constants.items()}
+    return signature, places, attributes
+
+
+def count_spills(chip: str, text: str) -> int:
+    """Bytes ptxas spills, or registers the AMD compiler does."""
+    if chip.startswith("gfx"):
+        found = re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)  # scalar spills go to lanes
+        return sum(map(int, found))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(text)
+        suffix = "a" if chip in ("sm_90", "sm_100") else ""
+        knob = knobs.nvidia.ptxas_blackwell if chip == "sm_100" else knobs.nvidia.ptxas
+        run = subprocess.run([knob.path, "-v", f"--gpu-name={chip}{suffix}", str(path), "-o",
+                              str(Path(folder) / "out")], capture_output=True, text=True, check=True)
+    assert "C75" not in run.stderr, run.stderr  # "wgmma serialized" and its kin
+    return sum(map(int, re.findall(r"(\d+) bytes spill", run.stderr)))
