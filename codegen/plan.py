@@ -126,7 +126,7 @@ class Plan:
     def sift(self, values: dict[str, Any], tiles: Ints) -> npt.NDArray[np.bool_]:
         """The sieve on every (query tile, key tile), bool."""
         assert self.sieve is not None
-        table = {name: value[:, None] if isinstance(value, np.ndarray) else value
+        table = {name: value[:, None] if np.ndim(value) == 1 else value
                  for name, value in values.items()}
         exec("\n".join(self.sieve.setup), table)
         start = tiles * self.block_n

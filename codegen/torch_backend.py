@@ -102,7 +102,7 @@ def walk_tiles(plan: Plan, shape: Shape, batch: int, head: int,
         kinds = np.zeros(len(tiles), dtype=np.int8)
         for start, stop in masked:
             kinds[start[i]:stop[i]] = 1
-        if plan.sieve is not None:
+        if plan.sieve is not None and tiles.size:
             kinds *= plan.sift(values | {"p_first": values["p_first"][i:i + 1],
                                          "p_last": values["p_last"][i:i + 1]}, tiles)[0]
         for start, stop in full:

@@ -47,16 +47,30 @@ def pick_config(arch: str, head_dim: int, value_dim: int, item_size: int,
     if arch.startswith("gfx"):
         return _pick_amd(size, item_size)
     if item_size == 4:
-        return Config(64, 32, 4, 2) if size <= 128 else Config(32, 32, 4, 2)
+        # full float32 runs without tensor cores: the largest tiles that do not spill (compiled)
+        return Config(32, 32, 8, 1) if arch == "sm_90" and size > 128 else Config(32, 16, 8, 1)
+    if int(arch[3:]) < 90:
+        return _pick_ampere(arch, size, width)
     if size > 128:
-        return Config(64, 32, 4, 2) if arch < "sm_90" and len(arch) == 5 else Config(64, 64, 4, 2)
+        # 128 rows spill on both, 64 keys on Blackwell (compiled)
+        return Config(64, 64, 8, 2) if arch == "sm_90" else Config(64, 32, 4, 2)
     if width >= DENSE_WIDTH:
         return Config(128, 64, 8, 3)
     return Config(64, 64, 4, 3)
 
 
+def _pick_ampere(arch: str, size: int, width: float) -> Config:
+    """The largest tiles that do not spill (compiled); 99 KB of shared memory beyond sm_80."""
+    if size > 128:
+        return Config(64, 32, 8, 2)
+    stages = 3 if arch == "sm_80" else 2
+    if width >= DENSE_WIDTH and size & (size - 1) == 0:
+        return Config(128, 64, 8, stages)
+    return Config(64, 32, 4, stages)
+
+
 def _pick_amd(size: int, item_size: int) -> Config:
-    """64 KB of shared memory: K and V once, no deep pipeline."""
+    """64 KB of shared memory: K and V once, no deep pipeline; no spills (compiled)."""
     if size > 128 or item_size == 4:
         return Config(32, 32, 4, 1)
     return Config(64, 64, 4, 1)

@@ -29,9 +29,10 @@ from maskdsl.periodic import BlockDiagonal, Dilated, RandomBlocks, Slash, Stride
 from maskdsl.shape import Shape
 from maskdsl.show import save_picture
 from maskdsl.simplify import simplify
+from maskdsl.version import VERSION
 from maskdsl.where import Where
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "Attention", "Band", "BlockDiagonal", "Causal", "Chunk", "Diagonal", "Dilated", "Empty",

@@ -187,4 +187,4 @@ class Attention:
 
         shape = Shape(q_len, q_len if kv_len is None else kv_len, q_offset,  # type: ignore[arg-type]
                       total_len)  # type: ignore[arg-type]
-        return explain_call(self.plan, shape, self.backend, heads, head_dim)
+        return explain_call(self.plan, repr(self.mask), shape, self.backend, heads, head_dim)

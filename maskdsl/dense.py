@@ -17,6 +17,8 @@ def dense(mask: Mask, shape: Shape, batch: int = 1, heads: int = 1,
 
     batch, heads  only masks that ask for them (a `Where`) differ along these dimensions
     """
+    if not shape.q_len or not shape.kv_len:
+        return torch.zeros(batch, heads, shape.q_len, shape.kv_len, dtype=torch.bool, device=device)
     p = torch.arange(shape.q_len, device=device).view(1, 1, -1, 1) + shape.q_offset
     k = torch.arange(shape.kv_len, device=device).view(1, 1, 1, -1)
     site = Site.of(shape, torch.arange(batch, device=device).view(-1, 1, 1, 1),

@@ -42,7 +42,8 @@ def rewrite_mask(mask: Mask, rules: Sequence[Rule]) -> Mask:
 def _rewrite_once(mask: Mask, rules: Sequence[Rule]) -> Mask:
     below = [_rewrite_once(arg, rules) for arg in operands(mask)]
     if isinstance(mask, Not):
-        return _first(rules, Not, (below[0],)) or ~below[0]
+        merged = _first(rules, Not, (below[0],))
+        return ~below[0] if merged is None else merged
     if isinstance(mask, (Or, And)):
         kind: Any = type(mask)
         joined = join(kind, tuple(below))

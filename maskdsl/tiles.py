@@ -67,6 +67,8 @@ def row_intervals(piece: Piece, p: Ints, shape: Shape, head: int = 0) -> tuple[I
 def live_rows(mask: Mask, p: Ints, k: Ints, shape: Shape, head: int = 0) -> npt.NDArray[np.bool_]:
     """bool[len(p), len(k)], rasterised from the spans (not from `contains`)."""
     live = np.zeros((len(p), len(k)), dtype=bool)
+    if not live.size:
+        return live
     for piece in spans(mask):
         lo, hi = row_intervals(piece, p, shape, head)
         inside = (k >= lo[:, None]) & (k < hi[:, None])

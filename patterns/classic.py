@@ -9,7 +9,7 @@ of causal patterns are drawn under `& Causal()` where the expression itself reac
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from maskdsl.atoms import Causal, Chunk, FirstQ, LastQ, PrefixLM, Sink, Window
 from maskdsl.errors import AtomArgumentError
@@ -32,6 +32,15 @@ def _size(pattern: str, name: str, value: object, least: int) -> int:
                                 f"{name} must be an integer >= {least}",
                                 f"{pattern}({name}={max(least, 4)})")
     return number
+
+
+def _sizes(pattern: str, name: str, values: Iterable[int]) -> tuple[int, ...]:
+    """`values` as a tuple of ints >= 1."""
+    if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
+        raise AtomArgumentError(f"{pattern}({name}={values!r})",
+                                f"{name} must be a list of integers",
+                                f"{pattern}({name}=[4, 8])")
+    return tuple(_size(pattern, f"{name}[{i}]", value, 1) for i, value in enumerate(values))
 
 
 def sliding_window(window: int) -> Mask:
@@ -283,14 +292,11 @@ def sparse_transformer_fixed(stride: int, c: int = 1) -> Mask:
         raise AtomArgumentError(f"sparse_transformer_fixed(stride={step}, c={columns})",
                                 f"a chunk of {step} tokens has no {columns} columns",
                                 f"sparse_transformer_fixed(stride={step}, c={step}) or less")
-    mask: Mask = Chunk(step)
-    for i in range(1, columns + 1):
-        mask = mask | Stride(step, step - i)
-    return mask
+    return _unite([Chunk(step), *(Stride(step, step - i) for i in range(1, columns + 1))])
 
 
-def longnet(segments: Sequence[int] = (2048, 4096, 8192, 16384, 32768),
-            dilations: Sequence[int] = (1, 2, 4, 6, 12)) -> Mask:
+def longnet(segments: Iterable[int] = (2048, 4096, 8192, 16384, 32768),
+            dilations: Iterable[int] = (1, 2, 4, 6, 12)) -> Mask:
     """{(p, k) : p // w == k // w, (p - k) % r == 0 for one pair (w, r)}, causal.
 
     At most the sum of ceil(w / r) keys a row, over the pairs.
@@ -317,19 +323,20 @@ def longnet(segments: Sequence[int] = (2048, 4096, 8192, 16384, 32768),
     #·#·#·#·
     ·#·#·###
     """
-    if not 0 < len(segments) == len(dilations):
+    lengths = _sizes("longnet", "segments", segments)
+    rates = _sizes("longnet", "dilations", dilations)
+    if not 0 < len(lengths) == len(rates):
         raise AtomArgumentError(f"longnet({segments!r}, {dilations!r})",
                                 "needs one dilation for each segment length, and at least one pair",
                                 "longnet((2048, 4096), (1, 2))")
-    return _unite([_longnet_branch(w, r) for w, r in zip(segments, dilations, strict=True)])
+    return _unite([_longnet_branch(w, r) for w, r in zip(lengths, rates, strict=True)])
 
 
 def _longnet_branch(segment: int, dilation: int) -> Mask:
     """One pair (w, r): every r-th key back from the query, inside its segment."""
-    w = _size("longnet", "segments", segment, 1)
-    r = _size("longnet", "dilations", dilation, 1)
-    # For r = 1 the same set without a remainder to test, so that its tiles can be free of masks.
-    return Chunk(w) & (Causal() if r == 1 else Dilated(-(-w // r), r))
+    if dilation == 1:  # the same set without a remainder to test, so its tiles can be free of masks
+        return Chunk(segment) & Causal()
+    return Chunk(segment) & Dilated(-(-segment // dilation), dilation)
 
 
 def _unite(masks: list[Mask]) -> Mask:

@@ -1,0 +1,101 @@
+"""What every benchmark shares: inputs, timing, rows of results, and the table they become."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from maskdsl import Causal, LastQ, Mask, Shape, Sink, Window, __version__
+from maskdsl.tiles import count_pairs
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+
+MASKS: dict[str, tuple[int, int, int]] = {
+    "Sink(8) | Window(512) | LastQ(128)": (8, 512, 128),
+    "Sink(64) | Window(1024) | LastQ(128)": (64, 1024, 128),
+    "Sink(4) | Window(2048) | LastQ(64)": (4, 2048, 64),
+}
+
+
+def mask_of(sizes: tuple[int, int, int]) -> Mask:
+    """(sink, window, last) as a mask."""
+    return Sink(sizes[0]) | Window(sizes[1]) | LastQ(sizes[2])
+
+
+@dataclass
+class Report:
+    """Rows measured in one run, with what they were measured on."""
+
+    question: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    about: dict[str, str] = field(default_factory=dict)
+
+    def add(self, **row: Any) -> None:
+        """Keep one row, and print it at once."""
+        self.rows.append(row)
+        print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+                        for k, v in row.items()), flush=True)
+
+    def save(self, folder: Path, commit: str) -> None:
+        """Write the rows as JSON and as a Markdown table."""
+        self.about = describe_machine(commit)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.question}.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+        (folder / f"{self.question}.md").write_text(self.markdown())
+
+    def markdown(self) -> str:
+        """The table for docs/benchmarks."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        lines = [f"# {self.question}", "", *(f"- {k}: {v}" for k, v in self.about.items()), "",
+                 "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+        for row in self.rows:
+            cells = (row.get(name, "") for name in names)
+            lines.append("| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else
+                                           str(c).replace("|", "\\|") for c in cells) + " |")
+        return "\n".join(lines) + "\n"
+
+
+def describe_machine(commit: str) -> dict[str, str]:
+    """Device, versions and commit of a run."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or \
+        platform.machine()
+    return {"device": device, "torch": torch.__version__, "triton": triton.__version__,
+            "python": platform.python_version(), "maskdsl": f"{__version__} at commit {commit}",
+            "date": time.strftime("%Y-%m-%d")}
+
+
+def current_commit() -> str:
+    """The checked-out commit, or "unknown" outside a repository."""
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                         check=False)
+    return run.stdout.strip() or "unknown"
+
+
+def make_inputs(length: int, heads: int = HEADS, kv_heads: int = KV_HEADS,
+                dim: int = DIM) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random normal bf16 q, k, v [1, H, length, dim] on the GPU."""
+    generator = torch.Generator(device="cuda").manual_seed(length)
+    q, k, v = (torch.randn(1, h, length, dim, device="cuda", dtype=torch.bfloat16,
+                           generator=generator) for h in (heads, kv_heads, kv_heads))
+    return q, k, v
+
+
+def time_ms(call: Callable[[], Any], repeat_ms: int = 150) -> float:
+    """Median milliseconds of a call, by CUDA events."""
+    call()
+    torch.cuda.synchronize()
+    return float(triton.testing.do_bench(call, warmup=40, rep=repeat_ms, return_mode="median"))
+
+
+def tera_flops(mask: Mask, length: int, ms: float, heads: int = HEADS, dim: int = DIM) -> float:
+    """TFLOP/s on live pairs: 4 * D operations a pair and head."""
+    return 4 * dim * heads * count_pairs(Causal() & mask, Shape(length, length)) / ms / 1e9
