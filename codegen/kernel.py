@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -93,51 +95,81 @@ class TritonForward:
             self.variants[key] = Variant(plan, config, module.forward, constants)
         return self.variants[key]
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
-                 lse: torch.Tensor | None, shape: Shape, scale: float) -> None:
-        """Fill `out` (and `lse`); all tensors as [B, H, L, D] views, already checked."""
-        if not out.numel():
-            return
-        if not shape.kv_len:
-            out.zero_()
-            if lse is not None:
-                lse.fill_(float("-inf"))
-            return
-        with torch.cuda.device(q.device) if q.is_cuda else _NoDevice():
-            self._launch(q, k, v, out, lse, shape, scale)
+    def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
+                scale: float, layout: str, with_lse: bool) -> Call:
+        """A function of (q, k, v) for every call that looks like this one.
 
-    def _launch(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
-                lse: torch.Tensor | None, shape: Shape, scale: float) -> None:
+        q, k, v are [B, H, L, D] views, already checked; the function takes them in the user's
+        layout. All that a warm call need not decide again is decided here.
+        """
         check_device(q)
-        arch = arch_of(q.device)
-        strides = [live_strides(t) for t in (q, k, v, out)]
+        make_out = output_maker(q, v.shape[3], layout, with_lse)
+        if not q.numel() or not shape.kv_len:
+            return lambda q, k, v: without_keys(make_out(q))
+        return self._prepare_launch(q, k, v, shape, scale, make_out, with_lse)
+
+    def _prepare_launch(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
+                        scale: float, make_out: OutputMaker, with_lse: bool) -> Call:
+        strides = [live_strides(t) for t in (q, k, v, make_out(q)[1])]
         align = common_alignment(strides)
-        use_tma = arch.startswith("sm_") and int(arch[3:]) >= 90 and fits_tma(k, strides[1]) \
-            and fits_tma(v, strides[2])
-        chosen = self.variant(arch, q.dtype, q.shape[3], v.shape[3], align, use_tma,
-                              lse is not None)
-        constants, config = chosen.constants, chosen.config
-        keys: Any = k
-        values: Any = v
-        if use_tma:
-            keys = describe(k, strides[1], config.block_n, constants["QK_BLOCK"])
-            values = describe(v, strides[2], config.block_n, constants["V_BLOCK"])
+        use_tma = fits_tma(k, strides[1]) and fits_tma(v, strides[2])
+        chosen = self.variant(arch_of(q.device), q.dtype, q.shape[3], v.shape[3], align, use_tma,
+                              with_lse)
+        config, constants = chosen.config, chosen.constants
         batch, heads = q.shape[0], q.shape[1]
         grid = (-(-shape.q_len // config.block_m) * batch * heads,)
-        chosen.forward[grid](
-            q, keys, values, out, out if lse is None else lse,
-            *[s // align for three in strides for s in three],
-            batch * heads, heads, heads // k.shape[1],
-            shape.q_len, shape.kv_len, shape.q_offset, shape.total_len, scale * LOG2_E,
-            **constants, num_warps=config.warps, num_stages=config.stages)
+        numbers = (*(s // align for three in strides for s in three),
+                   batch * heads, heads, heads // k.shape[1],
+                   shape.q_len, shape.kv_len, shape.q_offset, shape.total_len, scale * LOG2_E)
+        options = {**constants, "num_warps": config.warps, "num_stages": config.stages}
+        launch, device = chosen.forward[grid], q.device.index
+        keys = describe(k, strides[1], config.block_n, constants["QK_BLOCK"]) if use_tma else None
+        values = describe(v, strides[2], config.block_n, constants["V_BLOCK"]) if use_tma else None
+
+        def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
+            result, out, lse = make_out(q)
+            arguments = (q, k if keys is None else rebase(keys, k),
+                         v if values is None else rebase(values, v), out,
+                         out if lse is None else lse, *numbers)
+            if device is None or device == torch.cuda.current_device():
+                launch(*arguments, **options)
+            else:
+                with torch.cuda.device(device):
+                    launch(*arguments, **options)
+            return result
+
+        return call
 
 
-class _NoDevice:
-    """A context that does nothing, for tensors on the CPU."""
+Result = Any  # output, or (output, lse)
+Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Result]
+OutputMaker = Callable[[torch.Tensor], tuple[Result, torch.Tensor, torch.Tensor | None]]
 
-    def __enter__(self) -> None: ...
 
-    def __exit__(self, *_: object) -> None: ...
+def output_maker(q: torch.Tensor, value_dim: int, layout: str, with_lse: bool) -> OutputMaker:
+    """Allocates what a call returns: (result, output as [B, H, L, Dv], lse or None)."""
+    b, h, n, _ = q.shape
+    size = (b, n, h, value_dim) if layout == "blhd" else (b, h, n, value_dim)
+    turned = layout == "blhd"
+
+    def make(q: torch.Tensor) -> tuple[Result, torch.Tensor, torch.Tensor | None]:
+        out = q.new_empty(size)
+        view = out.transpose(1, 2) if turned else out
+        if not with_lse:
+            return out, view, None
+        lse = torch.empty((b, h, n), dtype=torch.float32, device=q.device)
+        return (out, lse), view, lse
+
+    return make
+
+
+def without_keys(made: tuple[Result, torch.Tensor, torch.Tensor | None]) -> Result:
+    """The result where no row has a key: 0 and -inf."""
+    result, out, lse = made
+    out.zero_()
+    if lse is not None:
+        lse.fill_(float("-inf"))
+    return result
 
 
 def kernel_constants(config: Config, dtype: torch.dtype, head_dim: int, value_dim: int,
@@ -179,8 +211,11 @@ def common_alignment(strides: list[tuple[int, int, int]]) -> int:
 
 
 def fits_tma(t: torch.Tensor, strides: tuple[int, int, int]) -> bool:
-    """Whether the hardware can copy tiles of `t`: 16-byte aligned base and strides, no stride 0."""
-    size = t.element_size()
+    """Whether the hardware can copy tiles of `t`: Hopper or later, a 16-byte aligned base and
+    strides, no stride 0."""
+    arch, size = arch_of(t.device), t.element_size()
+    if not arch.startswith("sm_") or int(arch[3:]) < 90:
+        return False
     if t.data_ptr() % 16 or any(s * size % 16 for s in strides):
         return False
     return all(s or n == 1 for s, n in zip(strides, t.shape[:3], strict=True))
@@ -189,5 +224,12 @@ def fits_tma(t: torch.Tensor, strides: tuple[int, int, int]) -> bool:
 def describe(t: torch.Tensor, strides: tuple[int, int, int], rows: int, block: int) -> Any:
     """A TMA descriptor of k or v with tiles of [1, 1, rows, block]; out of bounds reads give 0."""
     row = 16 * -(-t.shape[3] // 16)  # any legal stride, for dimensions of one entry
-    shape = list(t.shape)
-    return TensorDescriptor(t, shape, [s or row for s in strides] + [1], [1, 1, rows, block])
+    return TensorDescriptor(t, list(t.shape), [s or row for s in strides] + [1], [1, 1, rows, block])
+
+
+def rebase(descriptor: Any, t: torch.Tensor) -> Any:
+    """The same descriptor over another tensor of equal shape and strides (a copy: its fields were
+    validated once, and validation costs more than the rest of a warm call)."""
+    fresh = copy.copy(descriptor)
+    fresh.base = t
+    return fresh

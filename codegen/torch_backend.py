@@ -6,8 +6,9 @@ ones. Memory beyond the output is one tile's scores.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,8 +54,23 @@ class TorchForward:
         self.plan = torch_plan(mask)
         self.opaque = not is_traceable(mask)
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
-                 scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
+                scale: float, layout: str, with_lse: bool) -> Callable[..., Any]:
+        """A function of (q, k, v), in the user's layout, for every call that looks like this."""
+        turned = layout == "blhd"
+
+        def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+            if turned:
+                q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            out, lse = self.attend(q, k, v, shape, scale)
+            if turned:
+                out = out.transpose(1, 2)
+            return (out, lse) if with_lse else out
+
+        return call
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
+               scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [B, Hq, Lq, Dv] in the dtype of q, lse [B, Hq, Lq]; inputs [B, H, L, D] views."""
         if not (self.opaque or self.plan.needs_head):
             return self._attend(q, k, v, shape, scale, 0, 0)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from maskdsl.codegen.torch_backend import TorchForward
 
 BACKENDS = ("triton", "torch")
+READY_LIMIT = 4096  # kinds of calls remembered
 HEAD_DIM = 128  # what `.plan` and `.source` show before the first call
 
 
@@ -78,7 +79,7 @@ class Attention:
         self.limit = min((x for node in mask.walk() if (x := node.limit()) is not None),
                          default=None)
         self._tile = tile
-        self._run: Any = self._triton if backend == "triton" else self._torch
+        self._ready: dict[Any, Any] = {}  # what a call looks like -> how to run it
         _ = self._forward  # what cannot be compiled fails now, not at the first call
 
     @cached_property
@@ -127,40 +128,37 @@ class Attention:
         gives 0 and -inf. Errors: subclasses of ShapeError, DtypeError, DeviceError, ScaleError,
         UnknownSlotError, GradientError, all before anything is launched.
         """
+        if slots:
+            check_slots(slots, ())
+        try:
+            key = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype,
+                   v.dtype, q.device, k.device, v.device, (k.data_ptr() | v.data_ptr()) % 16,
+                   scale, q_offset, total_len, return_lse)
+            call = self._ready.get(key)
+        except (AttributeError, TypeError):
+            check_ranks(q, k, v, self.layout)  # says what is no tensor
+            raise
+        if self.backend == "triton":
+            check_gradients(q, k, v)
+        if call is None:
+            call = self._prepare(q, k, v, scale, q_offset, total_len, return_lse)
+            if len(self._ready) >= READY_LIMIT:
+                self._ready.clear()
+            self._ready[key] = call
+        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = call(q, k, v)
+        return result
+
+    def _prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
+                 q_offset: int | None, total_len: int | None, return_lse: bool) -> Any:
+        """Check a call of a new kind, and decide all that calls of its kind share."""
         check_ranks(q, k, v, self.layout)
         if self.layout == "blhd":
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if slots:
-            check_slots(slots, ())
         check_tensors(q, k, v, DTYPES if self.backend == "triton" else (*DTYPES, torch.float64))
         shape = Shape(q.shape[2], k.shape[2], q_offset, total_len)  # type: ignore[arg-type]
-        if self.limit is not None:
-            check_limit(self.limit, shape.q_offset + shape.q_len, shape.kv_len, self.mask)
+        check_limit(self.limit, shape, self.mask)
         number = check_scale(self.scale if scale is None else scale, q.shape[3])
-        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = \
-            self._run(q, k, v, shape, number, return_lse)
-        return result
-
-    def _triton(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
-                scale: float, return_lse: bool) -> Any:
-        check_gradients(q, k, v)
-        b, h, n, _ = q.shape
-        dim = v.shape[3]
-        if self.layout == "blhd":
-            out = torch.empty((b, n, h, dim), dtype=q.dtype, device=q.device)
-            view = out.transpose(1, 2)
-        else:
-            view = out = torch.empty((b, h, n, dim), dtype=q.dtype, device=q.device)
-        lse = torch.empty((b, h, n), dtype=torch.float32, device=q.device) if return_lse else None
-        self._forward(q, k, v, view, lse, shape, scale)  # type: ignore[call-arg, arg-type]
-        return (out, lse) if return_lse else out
-
-    def _torch(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
-               scale: float, return_lse: bool) -> Any:
-        out, lse = self._forward(q, k, v, shape, scale)  # type: ignore[call-arg, misc]
-        if self.layout == "blhd":
-            out = out.transpose(1, 2)
-        return (out, lse) if return_lse else out
+        return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)
 
     @property
     def plan(self) -> Plan:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from maskdsl.errors import AtomArgumentError
 from maskdsl.expr import Bool, Index, Mask
 
+MAX_SIZE = 1 << 30  # tokens; kernels compute positions in 32 bits
 MAX_RUNS = 512  # a static list becomes one comparison a run in the kernel's text
 
 
@@ -23,6 +24,10 @@ def integer(self: Mask, name: str, least: int | None = 0) -> int:
         raise AtomArgumentError(f"{type(self).__name__}({name}={value!r})",
                                 f"{name} must be {bound}, in tokens",
                                 f"{type(self).__name__}({name}={max(least or 0, 4)})")
+    if abs(number) > MAX_SIZE:
+        raise AtomArgumentError(f"{type(self).__name__}({name}={value!r})",
+                                f"{name} may be at most {MAX_SIZE}: positions are 32-bit",
+                                f"{type(self).__name__}({name}={MAX_SIZE})")
     object.__setattr__(self, name, number)
     return number
 
@@ -36,9 +41,9 @@ def integers(self: Mask, name: str, least: int | None) -> tuple[int, ...]:
                                 f"{type(self).__name__}([0, 64, 128])")
     items = tuple(value)
     bad = [i for i in items if isinstance(i, bool) or not hasattr(i, "__index__")
-           or (least is not None and operator.index(i) < least)]
+           or (least is not None and operator.index(i) < least) or abs(i) > MAX_SIZE]
     if bad:
-        bound = "integers" if least is None else f"integers >= {least}"
+        bound = f"integers {'' if least is None else f'>= {least} '}up to {MAX_SIZE}"
         raise AtomArgumentError(wrote, f"{name} must hold {bound}, but it holds {bad[0]!r}",
                                 f"{type(self).__name__}([0, 64, 128])")
     return tuple(operator.index(i) for i in items)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maskdsl.arguments import integer
+from maskdsl.arguments import MAX_SIZE, integer
 from maskdsl.errors import AtomArgumentError
 from maskdsl.expr import Bool, Index, Mask, Place, atom
 
@@ -171,8 +171,9 @@ class Band(Mask):
     width: int = 1
 
     def __post_init__(self) -> None:
-        integer(self, "offset", None)
-        integer(self, "width")
+        if integer(self, "offset", None) + integer(self, "width") > MAX_SIZE:
+            raise AtomArgumentError(repr(self), f"the band reaches more than {MAX_SIZE} back",
+                                    "a smaller offset or width")
 
     def contains(self, p: Index, k: Index, at: Place) -> Bool:
         return (p - k >= self.offset) & (p - k < self.offset + self.width)

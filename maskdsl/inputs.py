@@ -20,10 +20,12 @@ from maskdsl.errors import (
     ShapeError,
     UnknownSlotError,
 )
+from maskdsl.shape import Shape
 
 LAYOUTS = {"bhld": "[B, H, L, D]", "blhd": "[B, L, H, D]"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_DIM, MAX_DIM = 16, 256
+MAX_LENGTH = 1 << 29  # tokens; with atom sizes up to 2**30 every bound stays within 32 bits
 
 
 def check_layout(layout: str) -> str:
@@ -104,12 +106,18 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return number
 
 
-def check_limit(limit: int | None, q_end: int, kv_len: int, mask: object) -> None:
-    """The call is not longer than the mask is defined for."""
-    if limit is not None and max(q_end, kv_len) > limit:
-        raise LengthError(f"{mask!r} on {max(q_end, kv_len)} tokens",
+def check_limit(limit: int | None, shape: Shape, mask: object) -> None:
+    """The call is not longer than the mask is defined for, nor than 32-bit positions reach."""
+    asked = max(shape.q_offset + shape.q_len, shape.kv_len)
+    if limit is not None and asked > limit:
+        raise LengthError(f"{mask!r} on {asked} tokens",
                           f"this mask says nothing beyond {limit} tokens",
                           f"at most {limit} tokens, or more blocks in the mask")
+    longest = max(asked, shape.total_len)
+    if longest > MAX_LENGTH or -shape.q_offset > MAX_LENGTH:
+        raise LengthError(f"a call of {longest} tokens",
+                          f"kernels count positions in 32 bits, up to {MAX_LENGTH}",
+                          f"at most {MAX_LENGTH} tokens")
 
 
 def check_slots(given: dict[str, object], known: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from maskdsl.arguments import MAX_RUNS, check_runs, in_runs, integer, integers
+from maskdsl.arguments import MAX_RUNS, MAX_SIZE, check_runs, in_runs, integer, integers
 from maskdsl.errors import AtomArgumentError
 from maskdsl.expr import Bool, Index, Mask, Place, atom
 
@@ -93,8 +93,9 @@ class Dilated(Mask):
     step: int
 
     def __post_init__(self) -> None:
-        integer(self, "window")
-        integer(self, "step", 1)
+        if integer(self, "window") * integer(self, "step", 1) > MAX_SIZE:
+            raise AtomArgumentError(repr(self), f"the window reaches more than {MAX_SIZE} back",
+                                    f"Dilated({MAX_SIZE // self.step}, {self.step})")
 
     def contains(self, p: Index, k: Index, at: Place) -> Bool:
         mine, theirs = p % self.step, k % self.step

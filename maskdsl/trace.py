@@ -25,6 +25,9 @@ BATCH, HEAD, Q_LEN, KV_LEN, TOTAL_LEN = sympy.symbols(
     "batch head q_len kv_len total_len", integer=True, nonnegative=True)
 
 
+MAX_CONSTANT = 1 << 30
+
+
 @dataclass(frozen=True, slots=True)
 class Ge:
     """The condition `value >= 0`."""
@@ -202,7 +205,11 @@ def value_of(x: Any) -> sympy.Expr:
     if isinstance(x, TracedInt):
         return x.value
     if hasattr(x, "__index__") and not isinstance(x, bool) and getattr(x, "ndim", 0) == 0:
-        return sympy.Integer(x.__index__())
+        number = x.__index__()
+        if abs(number) > MAX_CONSTANT:
+            raise TraceError(f"the constant {number} in a mask_mod", "kernels count in 32 bits",
+                             f"constants up to {MAX_CONSTANT}")
+        return sympy.Integer(number)
     raise TraceError(f"{type(x).__name__} in arithmetic with an index",
                      "only integers and the four indices can be compiled",
                      "an integer constant; or backend='torch', which runs any function")

@@ -142,9 +142,9 @@ def streaming_llm(n_sink: int = 4, window: int = 2044) -> Mask:
 def tri_shape(n_init: int = 128, n_local: int = 3968, n_last: int = 100) -> Mask:
     """{(p, k) : k < n_init or p - k < n_local or p >= total_len - n_last}, causal.
 
-    At most n_init + n_local keys a row; p + 1 keys for the last n_last rows of the prompt. All three
-    in tokens; the defaults are MInference's. Compile with causal=True. In chunked prefill give
-    `total_len` to the call, or every chunk takes itself for the last.
+    At most n_init + n_local keys a row; p + 1 keys for the last n_last rows of the prompt. All
+    three in tokens; the defaults are MInference's. Compile with causal=True. In chunked prefill
+    give `total_len` to the call, or every chunk takes itself for the last.
 
     The shape of `triangle`, with other sizes and in every layer.
 
@@ -210,8 +210,8 @@ def bigbird(block: int = 64, n_window: int = 3, n_global: int = 2, n_random: int
 
     Where this differs from the released code: the window is centred on the token, as in the paper's
     formula A(i, i - w/2 : i + w/2), not on its block; the global blocks are the first ones, not the
-    first and the last (the paper leaves the choice open); a random block may fall on a global block,
-    on the window, or on another random one.
+    first and the last (the paper leaves the choice open); a random block may fall on a global
+    block, on the window, or on another random one.
 
     Source: BigBird, arXiv 2007.14062, section 2 (BigBird-ITC) and figure 1.
 

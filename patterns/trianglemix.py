@@ -19,6 +19,7 @@ def triangle(sink: int = 8, window: int = 512, last: int = 128) -> Mask:
 
     Source: TriangleMix, arXiv 2507.21526, section 3.
 
+    >>> from maskdsl.atoms import Causal
     >>> print((triangle(1, 2, 2) & Causal()).picture(7))
     #······
     ##·····

@@ -101,7 +101,7 @@ def test_tiles(tile: tuple[int, int]) -> None:
                     options={"tile": tile}), "cuda")
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(masks(), shapes(max_len=300))
 def test_random_masks(mask: Mask, shape: maskdsl.Shape) -> None:
     limit = min((x for m in mask.walk() if (x := m.limit()) is not None), default=1 << 60)

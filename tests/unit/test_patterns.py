@@ -72,7 +72,7 @@ def paper_streaming_llm(n: int, n_sink: int, window: int) -> Live:
 
 
 def paper_triangle(n: int, sink: int, window: int, last: int) -> Live:
-    # M_streaming + M_last with 1-based rows i and columns j; a window of `window` keys, as the code.
+    # M_streaming + M_last, rows i and columns j from 1; a window of `window` keys, as the code.
     def sees(q: int, k: int) -> bool:
         i, j = q + 1, k + 1
         streaming = i >= j and (j <= sink or i - j <= window - 1)
@@ -336,7 +336,8 @@ def test_bad_arguments(call: Callable[[], Mask], wrote: str) -> None:
 
 
 def test_numpy_integers_are_integers() -> None:
-    assert patterns.longformer(np.int64(8), np.int32(1)) == patterns.longformer(8, 1)
+    eight: Any = np.int64(8)
+    assert patterns.longformer(eight, 1) == patterns.longformer(8, 1)
     assert patterns.longnet(np.array([4, 8]), [1, 2]) == patterns.longnet((4, 8), (1, 2))
 
 
@@ -345,7 +346,7 @@ def test_numpy_integers_are_integers() -> None:
 
 @pytest.mark.parametrize("module", [classic, trianglemix], ids=lambda m: m.__name__)
 def test_pictures(module: Any) -> None:
-    tried = doctest.testmod(module, extraglobs={"Causal": Causal})
+    tried = doctest.testmod(module)
     assert tried.attempted > 0
     assert tried.failed == 0
 

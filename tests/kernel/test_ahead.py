@@ -1,0 +1,58 @@
+"""Emitted kernels compiled for chips that are not here: spills, shared memory, instructions.
+
+In processes of their own: under TRITON_INTERPRET=1 nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = """
+import json, sys, torch
+from ahead import SHARED_LIMIT, compile_for
+from maskdsl import Chunk, Full, LastQ, RandomBlocks, Sink, Stride, Window
+triangle = Sink(8) | Window(512) | LastQ(128)
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+chip, rows = sys.argv[1], []
+for mask, dtype, dim, value_dim in [
+    (triangle, bf16, 128, 128), (triangle, bf16, 64, 64), (triangle, fp16, 80, 80),
+    (triangle, bf16, 256, 256), (triangle, bf16, 192, 128), (triangle, fp32, 128, 128),
+    (Full(), bf16, 128, 128), (Full(), fp16, 64, 64), (Full(), fp32, 64, 64),
+    (Sink(4) | Window(2048) | LastQ(64), bf16, 128, 128),
+    (Chunk(8192) | Stride(300), bf16, 128, 128), (RandomBlocks(64, 3) | Window(192), bf16, 64, 64),
+]:
+    c = compile_for(chip, mask, dtype, dim, value_dim)
+    rows.append({"what": f"{mask!r} {dtype} {dim}/{value_dim}", "shared": c.shared,
+                 "spills": c.spills, "limit": SHARED_LIMIT[chip], "half": dtype != fp32,
+                 "wgmma": "wgmma.mma_async" in c.text, "tma": "cp.async.bulk.tensor" in c.text,
+                 "async": "cp.async" in c.text})
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_default_configs_compile_well(chip: str) -> None:
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM, chip], text=True,
+                         capture_output=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows: list[dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
+    for row in rows:
+        assert row["spills"] == 0, row
+        assert row["shared"] <= row["limit"], row
+        if chip == "sm_80" and row["half"]:
+            assert row["async"], row  # loads are pipelined
+        if chip in ("sm_90", "sm_100"):
+            assert row["tma"], row
+        if chip == "sm_90" and row["half"]:
+            assert row["wgmma"], row
