@@ -54,9 +54,11 @@ def pick_config(arch: str, head_dim: int, value_dim: int, item_size: int,
     if size > 128:
         # 128 rows spill on both, 64 keys on Blackwell (compiled)
         return Config(64, 64, 8, 2) if arch == "sm_90" else Config(64, 32, 4, 2)
-    if width >= DENSE_WIDTH:
-        return Config(128, 64, 8, 3)
-    return Config(64, 64, 4, 3)
+    # H100, 32K triangles and 16K dense, bf16 (docs/benchmarks/sweep.md): 427 and 525 TFLOP/s at
+    # D = 128, 381 and 459 at D = 64; not measured on Blackwell
+    if size <= 64:
+        return Config(64, 128, 4, 2) if width >= DENSE_WIDTH else Config(64, 64, 4, 2)
+    return Config(128, 64, 8, 3) if width >= DENSE_WIDTH else Config(64, 64, 4, 3)
 
 
 def _pick_ampere(arch: str, size: int, width: float) -> Config:

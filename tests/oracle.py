@@ -74,12 +74,15 @@ def check_case(case: Case, device: str = "cpu") -> None:
 
 
 def check_close(out: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, case: Case) -> None:
-    """|out - exact| <= 2 |plain - exact| + rounding of the largest value."""
+    """|out - exact| <= 2 |plain - exact| + rounding, as in FlashAttention's own tests: theirs is
+    the rounding that adding and taking away 0.3 causes, which keeps tiny outputs from failing."""
     if not out.numel():
         return
     error = (out.double() - exact).abs().max().item()
-    allowed = 2 * (plain.double() - exact).abs().max().item() \
+    rounded = exact.to(case.dtype)
+    rounding = 2 * (rounded + 0.3 - 0.3 - rounded).abs().max().item() \
         + 2 * torch.finfo(case.dtype).eps * exact.abs().max().item()
+    allowed = 2 * (plain.double() - exact).abs().max().item() + rounding
     assert error <= allowed, f"{case}: error {error:.3e}, allowed {allowed:.3e}"
 
 
