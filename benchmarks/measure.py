@@ -66,8 +66,10 @@ class Report:
 
 def describe_machine(commit: str) -> dict[str, str]:
     """Device, versions and commit of a run."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or \
-        platform.machine()
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {"device": device, "torch": torch.__version__, "triton": triton.__version__,
             "python": platform.python_version(), "maskdsl": f"{__version__} at commit {commit}",
             "date": time.strftime("%Y-%m-%d")}
@@ -89,8 +91,13 @@ def make_inputs(length: int, heads: int = HEADS, kv_heads: int = KV_HEADS,
     return q, k, v
 
 
-def time_ms(call: Callable[[], Any], repeat_ms: int = 150) -> float:
-    """Median milliseconds of a call, by CUDA events."""
+def time_ms(function: Callable[..., Any], *arguments: Any, repeat_ms: int = 150,
+            **options: Any) -> float:
+    """Median milliseconds of function(*arguments, **options), by CUDA events."""
+
+    def call() -> Any:
+        return function(*arguments, **options)
+
     call()
     torch.cuda.synchronize()
     return float(triton.testing.do_bench(call, warmup=40, rep=repeat_ms, return_mode="median"))

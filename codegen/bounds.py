@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import sympy
 
 from maskdsl.codegen.plan import Segment
-from maskdsl.spans import ZERO, Piece, Terms
+from maskdsl.spans import Piece, Terms
 from maskdsl.text import write_integer
 from maskdsl.trace import P
 
@@ -136,12 +136,13 @@ def describe_piece(piece: Piece) -> str:
     """One comment line: where the piece comes from and which keys it holds."""
     lo = write_integer(sympy.Max(*piece.lo))
     hi = write_integer(sympy.Min(*piece.hi))
-    text = f"{' & '.join(piece.origin) or 'Full()'}: keys [{lo}, {hi})".replace("tl.maximum", "max")
+    text = f"{' & '.join(piece.origin) or 'Full()'}: keys [{lo}, {hi})"
     if piece.first:
         text += f", rows p >= {write_integer(sympy.Max(*piece.first))}"
     if piece.last:
         text += f", rows p < {write_integer(sympy.Min(*piece.last))}"
-    text = text.replace("tl.minimum", "min").replace("tl.maximum", "max").replace("floor_div", "floor")
+    for kernel, plain in (("tl.minimum", "min"), ("tl.maximum", "max"), ("floor_div", "floor")):
+        text = text.replace(kernel, plain)
     return text if piece.is_exact else f"{text}, tested pair by pair"
 
 
@@ -191,10 +192,11 @@ def unite_ranges(lines: Lines, starts: list[str], stops: list[str]) -> tuple[Seg
     starts, stops = sort_names(lines, starts), sort_names(lines, stops)
     result = []
     for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        clipped = start
         if i > 0:
             lines.fresh += 1
-            start = lines.set(f"from{lines.fresh}", f"tl.maximum({start}, {stops[i - 1]})")
-        result.append(Segment(start, stop))
+            clipped = lines.set(f"from{lines.fresh}", f"tl.maximum({start}, {stops[i - 1]})")
+        result.append(Segment(clipped, stop))
     return tuple(result)
 
 

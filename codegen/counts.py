@@ -9,7 +9,7 @@ order of the crossings no longer changes; `valid_from` is that N.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import sympy
 
@@ -42,7 +42,7 @@ def count_closed(mask: Mask) -> ClosedForm | None:
         return None
     places, valid_from = crossings
     total = sympy.Integer(0)
-    for start, stop in zip(places, places[1:], strict=False):
+    for start, stop in pairwise(places):
         width = _width_between(pieces, start, stop, valid_from)
         if width != 0:
             total += sympy.summation(width, (P, start, stop - 1))
@@ -65,14 +65,17 @@ def sorted_crossings(pieces: list[Piece]) -> tuple[list[sympy.Expr], int] | None
     lines = {t for piece in pieces for t in (*piece.lo, *piece.hi)}
     places = {sympy.Integer(0), sympy.Integer(0) + N}
     places |= {t for piece in pieces for t in (*piece.first, *piece.last)}
+    valid_from = 1
     for a, b in combinations(sorted(lines, key=sympy.default_sort_key), 2):
-        slope = sympy.expand(a - b).coeff(P, 1)
+        gap = sympy.expand(a - b)
+        slope = gap.coeff(P, 1)
         if slope != 0:
-            places.add(sympy.expand((a - b - slope * P) / -slope))
+            places.add(sympy.expand((gap - slope * P) / -slope))
+        elif gap.has(N):  # parallel, but which is larger depends on N
+            valid_from = max(valid_from, int(abs(gap.coeff(N, 0) / gap.coeff(N, 1))) + 1)
     parts = {place: (place.coeff(N, 1), place.coeff(N, 0)) for place in map(sympy.expand, places)}
     if not all(a.is_Integer and b.is_Integer for a, b in parts.values()):
         return None
-    valid_from = 1
     for (a1, b1), (a2, b2) in combinations(parts.values(), 2):
         if a1 != a2:
             valid_from = max(valid_from, int(sympy.ceiling(abs((b1 - b2) / (a2 - a1)))) + 1)

@@ -224,12 +224,15 @@ def fits_tma(t: torch.Tensor, strides: tuple[int, int, int]) -> bool:
 def describe(t: torch.Tensor, strides: tuple[int, int, int], rows: int, block: int) -> Any:
     """A TMA descriptor of k or v with tiles of [1, 1, rows, block]; out of bounds reads give 0."""
     row = 16 * -(-t.shape[3] // 16)  # any legal stride, for dimensions of one entry
-    return TensorDescriptor(t, list(t.shape), [s or row for s in strides] + [1], [1, 1, rows, block])
+    steps = [s or row for s in strides]
+    return TensorDescriptor(t, list(t.shape), [*steps, 1], [1, 1, rows, block])
 
 
 def rebase(descriptor: Any, t: torch.Tensor) -> Any:
-    """The same descriptor over another tensor of equal shape and strides (a copy: its fields were
-    validated once, and validation costs more than the rest of a warm call)."""
+    """The same descriptor over another tensor of equal shape and strides.
+
+    A copy: its fields were validated once, and validating costs more than the rest of a warm call.
+    """
     fresh = copy.copy(descriptor)
     fresh.base = t
     return fresh

@@ -107,7 +107,8 @@ class Plan:
         exec("\n".join(self.bounds), values)
         return values
 
-    def segments(self, which: tuple[Segment, ...], values: dict[str, Any]) -> list[tuple[Ints, Ints]]:
+    def segments(self, which: tuple[Segment, ...],
+                 values: dict[str, Any]) -> list[tuple[Ints, Ints]]:
         """(start, stop) of each segment for every query tile."""
         like = values["p_first"]
         return [(np.broadcast_to(eval(s.start, values), like.shape),
@@ -136,7 +137,7 @@ class Plan:
         return np.asarray(eval(self.sieve.test, table), dtype=bool)
 
     def count_tiles(self, shape: Shape, batch: int = 0, head: int = 0) -> tuple[int, int]:
-        """(full, masked) key tiles visited by one head; no memory in tiles squared, unless sieved."""
+        """(full, masked) key tiles visited by one head; memory in tiles squared only if sieved."""
         if self.sieve is not None:
             visits = self.visit(shape, batch, head)
             return int(visits.full.sum()), int(visits.masked.sum())

@@ -21,6 +21,7 @@ from maskdsl.tiles import count_rows
 from maskdsl.trace import BATCH, HEAD, Condition, Ge
 
 SAMPLE = Shape(8192, 8192)  # where the cost model looks; plans do not depend on the call's length
+LONG = Shape(16384, 16384)  # where the width of a mask is taken
 MIN_DEAD_SHARE = 0.1  # a sieve must skip this share of the tiles, or the plain loop is faster
 
 
@@ -55,16 +56,16 @@ def replace_sieve(plan: Plan, sieve: Sieve | None) -> Plan:
 
 
 def is_last_heaviest(mask: Mask) -> bool:
-    """Whether the last query rows see at least as many keys as the first: they should start first."""
+    """Whether the last query rows see as many keys as the first: then they should start first."""
     rows = np.array([0, SAMPLE.q_len - 1], dtype=np.int64)
     first, last = count_rows(mask, rows, SAMPLE)
     return bool(last >= first)
 
 
-def mean_row_width(mask: Mask, shape: Shape = Shape(16384, 16384), samples: int = 64) -> float:
+def mean_row_width(mask: Mask, samples: int = 64) -> float:
     """Live keys per row, averaged over evenly spaced rows of a long call."""
-    rows = np.linspace(0, shape.q_len - 1, samples).astype(np.int64) + shape.q_offset
-    return float(count_rows(mask, rows, shape).mean())
+    rows = np.linspace(0, LONG.q_len - 1, samples).astype(np.int64)
+    return float(count_rows(mask, rows, LONG).mean())
 
 
 def asks_head(piece: Piece) -> bool:

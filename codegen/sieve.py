@@ -31,7 +31,7 @@ class SieveWriter:
         self.known: dict[sympy.Expr, Extremes] = {}
 
     def may_hold(self, condition: Condition) -> str:
-        """Text of a test that is true wherever a pair of the tile meets the condition; '' = always."""
+        """Text of a test, true wherever a pair of the tile meets the condition; '' = always."""
         if condition == TRUE:
             return ""
         if condition == FALSE:

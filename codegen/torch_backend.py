@@ -37,12 +37,13 @@ def widen_opaque(mask: Mask) -> Mask:
     """A superset without untraceable functions: opaque & Window(8)  -->  Window(8)."""
     if is_traceable(mask):
         return mask
-    if isinstance(mask, (Or, And)):
-        kind = Or if isinstance(mask, Or) else And
-        return join(kind, tuple(map(widen_opaque, mask.args)))
+    if isinstance(mask, Or):
+        return join(Or, tuple(map(widen_opaque, mask.args)))
+    if isinstance(mask, And):
+        return join(And, tuple(map(widen_opaque, mask.args)))
     if isinstance(mask, Not) and isinstance(mask.operand, (Or, And)):
-        kind = And if isinstance(mask.operand, Or) else Or
-        return join(kind, tuple(widen_opaque(~arg) for arg in mask.operand.args))
+        flipped = tuple(widen_opaque(~arg) for arg in mask.operand.args)
+        return join(And, flipped) if isinstance(mask.operand, Or) else join(Or, flipped)
     return Full()
 
 
@@ -71,7 +72,8 @@ class TorchForward:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
                scale: float, with_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output [B, Hq, Lq, Dv] in the dtype of q, lse [B, Hq, Lq] (or empty); [B, H, L, D] views."""
+        """Output [B, Hq, Lq, Dv] in the dtype of q, lse [B, Hq, Lq] (or empty); inputs are views
+        [B, H, L, D]."""
         if not (self.opaque or self.plan.needs_head):
             return self._attend(q, k, v, shape, scale, with_lse, 0, 0)
         group = q.shape[1] // k.shape[1]
@@ -163,7 +165,7 @@ def attend_rows(mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 
 def take_ranges(t: torch.Tensor, ranges: list[Range]) -> torch.Tensor:
-    """The rows of k or v that the ranges name, [B, Hkv, keys, D]; a view when there is one range."""
+    """The rows of k or v that the ranges name, [B, Hkv, keys, D]; of one range a view."""
     parts = [t[:, :, start:stop] for start, stop, _ in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 

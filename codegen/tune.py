@@ -83,5 +83,7 @@ def config_for_tile(tile: tuple[int, int]) -> Config:
     try:
         block_m, block_n = tile
     except (TypeError, ValueError):
-        raise ResourceError(f"tile={tile!r}", "not a pair (queries, keys)", "tile=(64, 64)") from None
-    return Config(block_m, block_n, 8 if isinstance(block_m, int) and block_m > 64 else 4, 2).check()
+        raise ResourceError(f"tile={tile!r}", "not a pair (queries, keys)",
+                            "tile=(64, 64)") from None
+    warps = 8 if isinstance(block_m, int) and block_m > 64 else 4
+    return Config(block_m, block_n, warps, 2).check()

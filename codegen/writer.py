@@ -1,4 +1,4 @@
-"""The text of one tile's mask: per-row bounds, then one condition on `p` (a column) and `k` (a row).
+"""The text of one tile's mask: per-row bounds, then one condition on `p` (a column), `k` (a row).
 
 Row bounds are [BLOCK_M, 1] and cost nothing in the loop; what remains for each pair is a compare
 a bound. Prefixes share one bound: [0, a) | [0, b)  -->  k < max(a, b).

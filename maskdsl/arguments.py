@@ -57,6 +57,7 @@ def runs_of(values: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def check_runs(self: Mask, name: str, values: tuple[int, ...]) -> None:
+    """Refuse a list that would make the kernel's text too long."""
     runs = len(runs_of(values))
     if runs > MAX_RUNS:
         raise AtomArgumentError(f"{type(self).__name__} with {len(values)} {name}",
@@ -66,7 +67,7 @@ def check_runs(self: Mask, name: str, values: tuple[int, ...]) -> None:
 
 
 def in_runs(x: Index, values: tuple[int, ...]) -> Bool:
-    """Whether x is one of `values`, as a chain of interval tests (False where the list is empty)."""
+    """Whether x is one of `values`, as a chain of interval tests; False for an empty list."""
     runs = runs_of(values) or [(0, 0)]
     result: Bool = (x >= runs[0][0]) & (x < runs[0][1])
     for lo, hi in runs[1:]:

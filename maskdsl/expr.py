@@ -20,7 +20,7 @@ Index = Any  # int, integer array or tensor, or a traced integer
 
 
 class Place(Protocol):
-    """What a mask may ask besides p and k; `Shape` has the lengths, a kernel also batch and head."""
+    """What a mask may ask besides p and k; a `Site` also has batch and head."""
 
     @property
     def q_len(self) -> Any: ...
@@ -215,6 +215,6 @@ def _from_data(data: Any) -> Mask:
     if name == "Not":
         return ~_from_data(value)
     if name in ("Or", "And"):
-        return join(Or if name == "Or" else And, tuple(map(_from_data, value)))
-    args = [tuple(v) if isinstance(v, list) else v for v in value]
-    return ATOMS[name](*args)
+        args = tuple(map(_from_data, value))
+        return join(Or, args) if name == "Or" else join(And, args)
+    return ATOMS[name](*(tuple(v) if isinstance(v, list) else v for v in value))

@@ -69,7 +69,8 @@ class Stride(Mask):
         step, offset = integer(self, "step", 1), integer(self, "offset")
         if offset >= step:
             raise AtomArgumentError(f"Stride({step}, {offset})",
-                                    f"k % {step} is never {offset}", f"Stride({step}, {offset % step})")
+                                    f"k % {step} is never {offset}",
+                                    f"Stride({step}, {offset % step})")
 
     def contains(self, p: Index, k: Index, at: Place) -> Bool:
         return (k % self.step >= self.offset) & (k % self.step <= self.offset)

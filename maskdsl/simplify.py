@@ -40,8 +40,10 @@ def disjoint(a: Mask, b: Mask) -> bool:
     return is_traceable(a) and is_traceable(b) and not spans(a & b)
 
 
-def _overlap(a: KeyRange, b: KeyRange) -> bool:
-    return max(a.start, b.start) <= min(a.stop, b.stop)
+def _union(a: KeyRange, b: KeyRange) -> Mask | None:
+    if max(a.start, b.start) > min(a.stop, b.stop):
+        return None
+    return KeyRange(min(a.start, b.start), max(a.stop, b.stop))
 
 
 def _meet(a: KeyRange | QueryRange, b: KeyRange | QueryRange) -> Mask:
@@ -80,10 +82,10 @@ RULES: tuple[Rule, ...] = (
     Rule("Causal & Window(a, b) --> Window(a)", And, (Causal, Window),
          lambda a, b: Window(b.left) if b.right else None),
     Rule("Causal & PrefixLM(n) --> Causal", And, (Causal, PrefixLM), lambda a, b: a),
-    Rule("Causal | Sink(n) --> PrefixLM(n)", Or, (Causal, Sink), lambda a, b: PrefixLM(b.n) if b.n else a),
+    Rule("Causal | Sink(n) --> PrefixLM(n)", Or, (Causal, Sink),
+         lambda a, b: PrefixLM(b.n) if b.n else a),
     Rule("KeyRange | KeyRange --> KeyRange, where they meet", Or, (KeyRange, KeyRange),
-         lambda a, b: KeyRange(min(a.start, b.start), max(a.stop, b.stop)) if _overlap(a, b)
-         else None),
+         _union),
     Rule("KeyRange & KeyRange --> their meet", And, (KeyRange, KeyRange), _meet),
     Rule("QueryRange & QueryRange --> their meet", And, (QueryRange, QueryRange), _meet),
     Rule("Chunk(a) & Chunk(b) --> Chunk(a), where a divides b", And, (Chunk, Chunk),

@@ -23,13 +23,13 @@ from maskdsl.trace import (
     KV_LEN,
     TOTAL_LEN,
     TRUE,
-    All,
     Any_,
     Condition,
     Ge,
     K,
     P,
     conjoin,
+    disjoin,
     negate,
     trace,
 )
@@ -120,7 +120,7 @@ def drop_covered(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
 
 
 def is_monotone(f: sympy.Expr) -> bool:
-    """Whether f is an integer expression without k, non-decreasing in p: c + p, c + n*floor(p/m)."""
+    """Whether f has no k and never falls as p grows: c + p, c + n*floor(p/m)."""
     for term in sympy.Add.make_args(f):
         if not term.has(P):
             continue
@@ -234,16 +234,15 @@ def enclose_pieces(pieces: tuple[Piece, ...], whole: Condition,
     """One piece around many: the bounds all of them obey, and `whole` as its `rest`."""
     lo = [t for t in pieces[0].lo if all(any(is_at_most(t, x) for x in o.lo) for o in pieces)]
     hi = [t for t in pieces[0].hi if all(any(is_at_most(x, t) for x in o.hi) for o in pieces)]
-    lowest, highest = _common_number([p.lo for p in pieces], min), \
-        _common_number([p.hi for p in pieces], max)
-    return Piece(keep_largest([ZERO, *lo, *lowest]), keep_smallest([KV_LEN, *hi, *highest]),
-                 rest=whole, origin=origin)
+    lowest, highest = (numbers_of([getattr(p, side) for p in pieces]) for side in ("lo", "hi"))
+    return Piece(keep_largest([ZERO, *lo, *lowest[:1]]),
+                 keep_smallest([KV_LEN, *hi, *highest[-1:]]), rest=whole, origin=origin)
 
 
-def _common_number(bounds: list[Terms], extreme: type[min] | type[max]) -> Terms:  # type: ignore
-    """The outermost constant bound, when every piece has one."""
+def numbers_of(bounds: list[Terms]) -> list[sympy.Expr]:
+    """The constant bound of every piece, sorted; nothing unless each has one."""
     numbers = [[t for t in terms if t.is_Integer] for terms in bounds]
-    return (extreme(n[0] for n in numbers),) if all(numbers) else ()
+    return sorted(n[0] for n in numbers) if all(numbers) else []
 
 
 @lru_cache(maxsize=1024)
@@ -260,7 +259,7 @@ def _spans(mask: Mask) -> tuple[tuple[Piece, ...], Condition]:
     if isinstance(mask, (Or, And)):
         below = [_spans(arg) for arg in mask.args]
         conditions = [condition for _, condition in below]
-        whole: Condition = conjoin(*conditions) if isinstance(mask, And) else Any_(tuple(conditions))
+        whole = conjoin(*conditions) if isinstance(mask, And) else disjoin(*conditions)
         combine = cross_pieces if isinstance(mask, And) else unite_pieces
         return combine([pieces for pieces, _ in below], whole, _atoms(mask)), whole
     if isinstance(mask, Not) and isinstance(mask.operand, (Or, And)):
@@ -273,11 +272,5 @@ def _spans(mask: Mask) -> tuple[tuple[Piece, ...], Condition]:
 
 
 def _atoms(mask: Mask) -> tuple[str, ...]:
-    return tuple(sorted({repr(node) for node in mask.walk() if not isinstance(node, (Or, And, Not))}))
-
-
-def condition_of_piece(piece: Piece) -> Condition:
-    """The piece as one condition, bounds included."""
-    bounds: list[Condition] = [Ge(K - t) for t in piece.lo] + [Ge(t - K - 1) for t in piece.hi]
-    rows: list[Condition] = [Ge(P - t) for t in piece.first] + [Ge(t - P - 1) for t in piece.last]
-    return All((*bounds, *rows, piece.rest))
+    leaves = (node for node in mask.walk() if not isinstance(node, (Or, And, Not)))
+    return tuple(sorted(map(repr, leaves)))

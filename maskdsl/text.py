@@ -41,7 +41,8 @@ def write_integer(e: sympy.Expr, names: dict[sympy.Expr, str] | None = None) -> 
     if e.is_Add:
         return _write_sum(e, names)
     if e.is_Mul:
-        return " * ".join(_wrapped(a, names) for a in sorted(e.args, key=lambda a: not a.is_Integer))
+        factors = sorted(e.args, key=lambda a: not a.is_Integer)
+        return " * ".join(_wrapped(a, names) for a in factors)
     if e.is_Pow and e.exp.is_Integer and e.exp > 0:
         return " * ".join([_wrapped(e.base, names)] * int(e.exp))
     if e.func in (sympy.Max, sympy.Min):
@@ -50,7 +51,8 @@ def write_integer(e: sympy.Expr, names: dict[sympy.Expr, str] | None = None) -> 
         over, under = sympy.fraction(sympy.together(e.args[0]))
         return _write_division("//", "floor_div", over, under, names)
     if e.func == sympy.Mod:
-        return _write_division("%", "modulo", *e.args, names)
+        over, under = e.args
+        return _write_division("%", "modulo", over, under, names)
     raise UnprintableError(f"no spelling for {e}")
 
 
@@ -97,7 +99,7 @@ def compare_text(e: sympy.Expr, names: dict[sympy.Expr, str] | None = None) -> s
 
 def write_condition(c: Condition, names: dict[sympy.Expr, str] | None = None) -> str:
     """A condition as text, comparisons joined with & and |."""
-    if c == TRUE or c == FALSE:
+    if c in (TRUE, FALSE):
         raise UnprintableError("a constant condition has no text")
     if isinstance(c, Ge):
         return compare_text(c.value, names)

@@ -54,7 +54,7 @@ def names_of(shape: Shape, batch: int = 0, head: int = 0) -> dict[str, Any]:
 
 
 def row_intervals(piece: Piece, p: Ints, shape: Shape, head: int = 0) -> tuple[Ints, Ints]:
-    """[lo, hi) of the piece for every absolute position in `p`, int64[len(p)]; hi = lo where void."""
+    """[lo, hi) of the piece for every absolute position in `p`, int64[len(p)]; void: hi = lo."""
     values = {**names_of(shape, head=head), "p": p}
     lo = _largest(piece.lo, values, np.zeros_like(p))
     hi = _smallest(piece.hi, values, np.full_like(p, shape.kv_len))

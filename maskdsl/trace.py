@@ -236,7 +236,8 @@ def _positive(divisor: Any, sign: str) -> sympy.Expr:
 def _select(test: Any, yes: Any, no: Any) -> Any:
     c = condition_of(test)
     if isinstance(yes, (TracedBool, bool)) or isinstance(no, (TracedBool, bool)):
-        return TracedBool(disjoin(conjoin(c, condition_of(yes)), conjoin(negate(c), condition_of(no))))
+        return TracedBool(disjoin(conjoin(c, condition_of(yes)),
+                                  conjoin(negate(c), condition_of(no))))
     raise TraceError("torch.where between integers in a mask_mod", "cannot be compiled",
                      "torch.where between two conditions")
 

@@ -90,7 +90,8 @@ def count_spills(chip: str, text: str) -> int:
         path.write_text(text)
         suffix = "a" if chip in ("sm_90", "sm_100") else ""
         knob = knobs.nvidia.ptxas_blackwell if chip == "sm_100" else knobs.nvidia.ptxas
-        run = subprocess.run([knob.path, "-v", f"--gpu-name={chip}{suffix}", str(path), "-o",
-                              str(Path(folder) / "out")], capture_output=True, text=True, check=True)
+        command = [knob.path, "-v", f"--gpu-name={chip}{suffix}", str(path), "-o",
+                   str(Path(folder) / "out")]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "C75" not in run.stderr, run.stderr  # "wgmma serialized" and its kin
     return sum(map(int, re.findall(r"(\d+) bytes spill", run.stderr)))

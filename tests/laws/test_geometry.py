@@ -1,0 +1,59 @@
+"""Laws 3 and 4, and the counts: what the geometry says is what the dense mask shows."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import masks, shapes
+
+from maskdsl import Causal, Chunk, Mask, Shape, Sink, Stride, Window, dense, simplify
+from maskdsl.codegen.counts import N, count_closed
+from maskdsl.tiles import TileClass, classify_tile, count_pairs, rasterise
+
+
+@given(masks(), shapes())
+def test_rasterised_spans_are_the_mask(mask: Mask, shape: Shape) -> None:
+    assert (rasterise(mask, shape) == dense(mask, shape)[0, 0].numpy()).all()
+
+
+@given(masks(), shapes(), st.integers(0, 70), st.integers(0, 70), st.integers(1, 24),
+       st.integers(1, 24))
+def test_tile_class_is_any_and_all(mask: Mask, shape: Shape, row: int, key: int, height: int,
+                                   width: int) -> None:
+    tile = dense(mask, shape)[0, 0, row:row + height, key:key + width]
+    expected = TileClass.DEAD if not tile.any() else \
+        TileClass.FULL if tile.all() else TileClass.MIXED
+    assert classify_tile(mask, shape, (row, row + height), (key, key + width)) is expected
+
+
+@given(masks(), shapes())
+def test_counted_pairs_are_those_of_the_mask(mask: Mask, shape: Shape) -> None:
+    assert count_pairs(mask, shape) == int(dense(mask, shape).sum())
+
+
+@given(masks(max_leaves=4), st.integers(0, 40))
+def test_closed_form_is_the_count(mask: Mask, more: int) -> None:
+    closed = count_closed(simplify(mask))
+    if closed is not None and closed.valid_from < 400:
+        for n in (closed.valid_from, closed.valid_from + more):
+            assert int(closed.pairs.subs(N, n)) == count_pairs(mask, Shape(n, n))
+
+
+@pytest.mark.parametrize(("mask", "text"), [
+    (Causal(), "N**2/2 + N/2"), (Window(4), "4*N - 6"),
+    (Causal() & (Sink(4) | Window(2048)), "2052*N - 2104326")])
+def test_closed_forms_known_by_hand(mask: Mask, text: str) -> None:
+    closed = count_closed(mask)
+    assert closed is not None
+    assert str(closed.pairs) == text
+
+
+@pytest.mark.parametrize("mask", [Chunk(64), Stride(8), Window(9) | Chunk(7)])
+def test_no_closed_form_is_invented(mask: Mask) -> None:
+    assert count_closed(mask) is None
+
+
+def test_counting_a_million_rows_takes_no_square() -> None:
+    mask = Causal() & (Sink(4) | Window(2048))
+    assert count_pairs(mask, Shape(1 << 20, 1 << 20)) == 2052 * (1 << 20) - 2104326
