@@ -87,6 +87,10 @@ class Attention:
         if self.backend == "torch":
             from maskdsl.codegen.torch_backend import TorchForward
 
+            if self._tile is not None:
+                raise BackendError(f"tile={self._tile!r} with backend='torch'",
+                                   "only the Triton kernel has a choice of tile",
+                                   "leave tile out, or backend='triton'")
             return TorchForward(self.mask)
         from maskdsl.codegen.kernel import TritonForward
         from maskdsl.codegen.tune import config_for_tile
