@@ -99,8 +99,8 @@ def masked_loop_text(plan: Plan) -> str:
                      *(sieve.setup if sieve else ()),
                      f"for i in tl.range(0, masked_count{len(plan.masked) - 1}, "
                      "num_stages=STAGES):"))
-    step = (*LOADS, "k = start + tl.arange(0, BLOCK_N)[None, :]", f"live = {plan.live}",
-            *MASKED_STEP)
+    step = (*LOADS, "k = start + tl.arange(0, BLOCK_N)[None, :]", f"live = {plan.tests[0]}",
+            *(f"live = live | {test}" for test in plan.tests[1:]), *MASKED_STEP)
     if sieve is None:
         return before + indent((f"start = ({tile}) * BLOCK_N", *step), 2)
     head = indent((f"tile = {tile}", "start = tile * BLOCK_N",
@@ -110,15 +110,16 @@ def masked_loop_text(plan: Plan) -> str:
 
 
 LOADS = (
-    "keys = load_tile(k_base, k_stride_l, batch, kv_head, start, kv_len, HEAD_DIM, BLOCK_N, "
-    "QK_BLOCK, ALIGN, USE_TMA)",
-    "values = load_tile(v_base, v_stride_l, batch, kv_head, start, kv_len, VALUE_DIM, BLOCK_N, "
-    "V_BLOCK, ALIGN, USE_TMA)",
+    "keys = load_tile(k_base, k_stride_l, batch, kv_head, start, kv_len, HEAD_DIM,",
+    "                 BLOCK_N, QK_BLOCK, ALIGN, USE_TMA)",
+    "values = load_tile(v_base, v_stride_l, batch, kv_head, start, kv_len, VALUE_DIM,",
+    "                   BLOCK_N, V_BLOCK, ALIGN, USE_TMA)",
 )
 FULL_STEP = (
-    "acc, total, peak = attend_full(acc, total, peak, queries, keys, values, scale, PRECISION)",
+    "acc, total, peak = attend_full(acc, total, peak, queries, keys, values, scale,",
+    "                               PRECISION)",
 )
 MASKED_STEP = (
-    "acc, total, peak = attend_masked(acc, total, peak, queries, keys, values, live, scale, "
-    "PRECISION)",
+    "acc, total, peak = attend_masked(acc, total, peak, queries, keys, values, live, scale,",
+    "                                 PRECISION)",
 )

@@ -54,7 +54,8 @@ class Plan:
 
     bounds        scalar text: from p_first, p_last and the lengths to the segments' ends
     full, masked  the segments of the two loops, in key tiles
-    rows, live    text of the mask of one tile: row bounds, then a condition on p and k
+    rows, tests   text of the mask of one tile: row bounds, then conditions on p and k, any of
+                  which makes a pair live
     sieve         dead-tile test of the masked loop, where one pays
     last_first    whether the last query tiles are the heaviest and start first
     """
@@ -67,11 +68,16 @@ class Plan:
     full: tuple[Segment, ...]
     masked: tuple[Segment, ...]
     rows: tuple[str, ...]
-    live: str
+    tests: tuple[str, ...]
     sieve: Sieve | None
     last_first: bool
     needs_head: bool
     slots: tuple[str, ...] = field(default=())  # data that arrives at call time; none yet
+
+    @property
+    def live(self) -> str:
+        """The whole mask of a tile as one expression."""
+        return " | ".join(self.tests)
 
     @property
     def graph(self) -> nx.DiGraph:

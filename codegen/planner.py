@@ -30,8 +30,8 @@ def make_plan(mask: Mask, block_m: int, block_n: int) -> Plan:
     """The plan of a (simplified) mask for one tile size in tokens; pure, so cached."""
     pieces = spans(mask)
     lines, ranges, full, masked = bound_pieces(pieces, block_n)
-    rows, live = write_mask(pieces)
-    plan = Plan(mask, block_m, block_n, pieces, tuple(lines.text), full, masked, rows, live,
+    rows, tests = write_mask(pieces)
+    plan = Plan(mask, block_m, block_n, pieces, tuple(lines.text), full, masked, rows, tests,
                 None, is_last_heaviest(mask), any(map(asks_head, pieces)))
     plan = choose_sieve(plan, write_sieve(pieces, ranges))
     debug(3, f"plan of {mask!r}: {len(pieces)} pieces, {len(full)} full and {len(masked)} masked "
@@ -52,7 +52,7 @@ def choose_sieve(plan: Plan, sieve: Sieve | None) -> Plan:
 def replace_sieve(plan: Plan, sieve: Sieve | None) -> Plan:
     """The same plan with another sieve."""
     return Plan(plan.mask, plan.block_m, plan.block_n, plan.pieces, plan.bounds, plan.full,
-                plan.masked, plan.rows, plan.live, sieve, plan.last_first, plan.needs_head)
+                plan.masked, plan.rows, plan.tests, sieve, plan.last_first, plan.needs_head)
 
 
 def is_last_heaviest(mask: Mask) -> bool:

@@ -11,16 +11,18 @@ import sympy
 from maskdsl.codegen.bounds import Lines
 from maskdsl.spans import ZERO, Piece
 from maskdsl.text import write_condition, write_integer
+from maskdsl.trace import Condition, Ge, K, P
 
 
-def write_mask(pieces: tuple[Piece, ...]) -> tuple[tuple[str, ...], str]:
-    """Pieces -> (row bound lines, live condition); the condition is bool[BLOCK_M, BLOCK_N]."""
+def write_mask(pieces: tuple[Piece, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Pieces -> (row bound lines, tests); a pair is live when one test of bool[BLOCK_M, BLOCK_N]
+    holds."""
     lines = Lines()
     prefixes = [p for p in pieces if p.lo == (ZERO,) and p.is_exact]
     tests = [f"(k < {_prefix_bound(lines, prefixes)})"] if prefixes else []
     for i, piece in enumerate(p for p in pieces if p not in prefixes):
         tests.append(_interval_test(lines, i, piece))
-    return tuple(lines.text), " | ".join(tests) if tests else "k < 0"
+    return tuple(lines.text), tuple(tests) or ("(k < 0)",)
 
 
 def _upper(piece: Piece) -> str:
@@ -46,7 +48,25 @@ def _interval_test(lines: Lines, i: int, piece: Piece) -> str:
         lo = lines.set(f"lower{i}", write_integer(sympy.Max(*piece.lo)))
         tests.insert(0, f"(k >= {lo})")
     if not piece.is_exact:
-        tests.append(f"({write_condition(piece.rest)})")
+        names: dict[sympy.Expr, str] = {}
+        tests.append(f"({write_condition(name_rows(lines, piece.rest, names), names)})")
     return f"({' & '.join(tests)})"
 
 
+
+
+def name_rows(lines: Lines, condition: Condition, names: dict[sympy.Expr, str]) -> Condition:
+    """Name what costs a division and depends on the row alone, so the loop does not repeat it.
+
+    k % 4 >= p % 4  -->  row0 = p % 4 before the loop, and k % 4 >= row0 in it
+    """
+    if not isinstance(condition, Ge):
+        return type(condition)(tuple(name_rows(lines, arg, names) for arg in condition.args))
+    e = condition.value
+    row = sympy.Add(*(t for t in sympy.Add.make_args(e) if not t.has(K)))
+    if not row.has(P) or not row.has(sympy.Mod, sympy.floor):
+        return condition
+    sign = -1 if row.could_extract_minus_sign() else 1
+    symbol = sympy.Symbol(f"row_value_{len(names)}", integer=True)
+    names[symbol] = lines.set(f"row{len(lines.text)}", write_integer(sign * row))
+    return Ge(e - row + sign * symbol)

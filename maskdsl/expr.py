@@ -205,7 +205,9 @@ def from_json(text: str) -> Mask:
     """The mask that `Mask.to_json` wrote; SerializationError on anything else."""
     try:
         return _from_data(json.loads(text))
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except SerializationError:
+        raise
+    except (ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise SerializationError(f"from_json({text[:60]!r})", f"not a mask: {error}",
                                  "a text written by mask.to_json()") from error
 
@@ -215,6 +217,7 @@ def _from_data(data: Any) -> Mask:
     if name == "Not":
         return ~_from_data(value)
     if name in ("Or", "And"):
-        args = tuple(map(_from_data, value))
+        first, second, *more = map(_from_data, value)
+        args = (first, second, *more)
         return join(Or, args) if name == "Or" else join(And, args)
     return ATOMS[name](*(tuple(v) if isinstance(v, list) else v for v in value))

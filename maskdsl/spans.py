@@ -35,6 +35,7 @@ from maskdsl.trace import (
 )
 
 MAX_PIECES = 6  # more are drawn together into a hull with a `rest`; a kernel stays readable
+MIN_TILE = 16  # the narrowest key tile, in tokens
 ZERO = sympy.Integer(0)
 Terms = tuple[sympy.Expr, ...]
 
@@ -196,8 +197,8 @@ def split_condition(condition: Condition, origin: tuple[str, ...]) -> tuple[Piec
         return () if _is_void(piece) else (_named(piece, origin),)
     parts = [split_condition(arg, origin) for arg in condition.args]
     if isinstance(condition, Any_):
-        return unite_pieces(parts, condition, origin)
-    return cross_pieces(parts, condition, origin)
+        return unite_pieces(parts, origin)
+    return cross_pieces(parts, origin)
 
 
 def _is_void(piece: Piece) -> bool:
@@ -208,35 +209,57 @@ def _named(piece: Piece, origin: tuple[str, ...]) -> Piece:
     return Piece(piece.lo, piece.hi, piece.first, piece.last, piece.rest, origin)
 
 
-def unite_pieces(parts: list[tuple[Piece, ...]], whole: Condition,
-                 origin: tuple[str, ...]) -> tuple[Piece, ...]:
-    """The union of `parts`; too many pieces become one hull that tests `whole` pair by pair."""
-    pieces = drop_covered(piece for part in parts for piece in part)
-    if len(pieces) <= MAX_PIECES:
-        return pieces
-    return (enclose_pieces(pieces, whole, origin),)
+def unite_pieces(parts: list[tuple[Piece, ...]], origin: tuple[str, ...]) -> tuple[Piece, ...]:
+    """The union of `parts`: their pieces side by side."""
+    return limit_pieces(drop_covered(piece for part in parts for piece in part), origin)
 
 
-def cross_pieces(parts: list[tuple[Piece, ...]], whole: Condition,
-                 origin: tuple[str, ...]) -> tuple[Piece, ...]:
+def cross_pieces(parts: list[tuple[Piece, ...]], origin: tuple[str, ...]) -> tuple[Piece, ...]:
     """The intersection of `parts`: (a | b) & c  -->  (a & c) | (b & c)."""
     result: tuple[Piece, ...] = (Piece(),)
     for part in sorted(parts, key=len):
         both = (intersect(a, b) for a in result for b in part)
         result = drop_covered(piece for piece in both if piece is not None)
-    if len(result) <= MAX_PIECES:
-        return result
-    return (enclose_pieces(result, whole, origin),)
+    return limit_pieces(result, origin)
 
 
-def enclose_pieces(pieces: tuple[Piece, ...], whole: Condition,
-                   origin: tuple[str, ...]) -> Piece:
-    """One piece around many: the bounds all of them obey, and `whole` as its `rest`."""
+def limit_pieces(pieces: tuple[Piece, ...], origin: tuple[str, ...]) -> tuple[Piece, ...]:
+    """At most MAX_PIECES: those that are tested pair by pair anyway are drawn together first, then
+    the narrow ones, then all."""
+    tested = {piece for piece in pieces if not piece.is_exact}
+    narrow = {piece for piece in pieces if is_narrow(piece)}
+    for group in (tested, tested | narrow, set(pieces)):
+        if len(pieces) <= MAX_PIECES:
+            break
+        chosen = [piece for piece in pieces if piece in group or not piece.is_exact]
+        if len(chosen) > 1:
+            kept = tuple(piece for piece in pieces if piece not in chosen)
+            pieces = (*kept, enclose_pieces(chosen, origin))
+    return pieces
+
+
+def is_narrow(piece: Piece) -> bool:
+    """Whether the piece is too narrow to fill a key tile, so that nothing FULL is lost with it."""
+    widths = [h - x for x in piece.lo for h in piece.hi]
+    return any(w.is_Integer and w < MIN_TILE for w in widths)
+
+
+def enclose_pieces(pieces: list[Piece], origin: tuple[str, ...]) -> Piece:
+    """One piece around many: the bounds all of them obey; what else each asks is its `rest`."""
     lo = [t for t in pieces[0].lo if all(any(is_at_most(t, x) for x in o.lo) for o in pieces)]
     hi = [t for t in pieces[0].hi if all(any(is_at_most(x, t) for x in o.hi) for o in pieces)]
     lowest, highest = (numbers_of([getattr(p, side) for p in pieces]) for side in ("lo", "hi"))
+    rest = disjoin(*(ask_beyond(piece, lo, hi) for piece in pieces))
     return Piece(keep_largest([ZERO, *lo, *lowest[:1]]),
-                 keep_smallest([KV_LEN, *hi, *highest[-1:]]), rest=whole, origin=origin)
+                 keep_smallest([KV_LEN, *hi, *highest[-1:]]), rest=rest, origin=origin)
+
+
+def ask_beyond(piece: Piece, lo: list[sympy.Expr], hi: list[sympy.Expr]) -> Condition:
+    """What the piece asks of a pair beyond bounds that are known to hold."""
+    lower = [Ge(K - t) for t in piece.lo if t not in (*lo, ZERO)]
+    upper = [Ge(t - K - 1) for t in piece.hi if t not in (*hi, KV_LEN)]
+    rows = [*(Ge(P - t) for t in piece.first), *(Ge(t - P - 1) for t in piece.last)]
+    return conjoin(*lower, *upper, *rows, piece.rest)
 
 
 def numbers_of(bounds: list[Terms]) -> list[sympy.Expr]:
@@ -251,24 +274,14 @@ def spans(mask: Mask) -> tuple[Piece, ...]:
 
     Window(4) & Causal()  -->  [max(0, p - 3), min(p + 1, kv_len))
     """
-    return _spans(mask)[0]
-
-
-def _spans(mask: Mask) -> tuple[tuple[Piece, ...], Condition]:
-    """Pieces and condition of a mask; operators recurse, so every piece knows its atoms."""
     if isinstance(mask, (Or, And)):
-        below = [_spans(arg) for arg in mask.args]
-        conditions = [condition for _, condition in below]
-        whole = conjoin(*conditions) if isinstance(mask, And) else disjoin(*conditions)
-        combine = cross_pieces if isinstance(mask, And) else unite_pieces
-        return combine([pieces for pieces, _ in below], whole, _atoms(mask)), whole
+        below = [spans(arg) for arg in mask.args]
+        return (unite_pieces if isinstance(mask, Or) else cross_pieces)(below, _atoms(mask))
     if isinstance(mask, Not) and isinstance(mask.operand, (Or, And)):
         flipped = tuple(~arg for arg in mask.operand.args)
-        return _spans((And if isinstance(mask.operand, Or) else Or)(flipped))
-    condition = trace(mask.operand) if isinstance(mask, Not) else trace(mask)
-    if isinstance(mask, Not):
-        condition = negate(condition)
-    return split_condition(condition, (repr(mask),)), condition
+        return spans((And if isinstance(mask.operand, Or) else Or)(flipped))
+    condition = negate(trace(mask.operand)) if isinstance(mask, Not) else trace(mask)
+    return split_condition(condition, (repr(mask),))
 
 
 def _atoms(mask: Mask) -> tuple[str, ...]:

@@ -84,9 +84,18 @@ def negate(condition: Condition) -> Condition:
 
 
 def at_least_zero(value: sympy.Expr) -> Condition:
-    """`value >= 0`, folded when the value is a number."""
+    """`value >= 0`; numbers are folded, and a Max or Min becomes a condition on its arguments.
+
+    9 - Max(p - k, k - p) >= 0  -->  9 - (p - k) >= 0 and 9 - (k - p) >= 0
+    """
     if value.is_Integer:
         return TRUE if value >= 0 else FALSE
+    for term in sympy.Add.make_args(value):
+        scale, extreme = term.as_coeff_Mul()
+        if extreme.func in (sympy.Max, sympy.Min):
+            parts = [at_least_zero(value - term + scale * arg) for arg in extreme.args]
+            one_is_enough = (extreme.func == sympy.Max) == (scale > 0)
+            return disjoin(*parts) if one_is_enough else conjoin(*parts)
     return Ge(value)
 
 

@@ -10,7 +10,19 @@ import numpy.typing as npt
 from hypothesis import given
 from strategies import masks, shapes, tile_sizes
 
-from maskdsl import Causal, LastQ, Mask, RandomBlocks, Shape, Sink, Stride, Window, dense, simplify
+from maskdsl import (
+    Causal,
+    LastQ,
+    Mask,
+    RandomBlocks,
+    Shape,
+    Sink,
+    Stride,
+    Vertical,
+    Window,
+    dense,
+    simplify,
+)
 from maskdsl.codegen.bounds import bound_pieces
 from maskdsl.codegen.plan import Plan, cover_tiles
 from maskdsl.codegen.planner import make_plan, replace_sieve
@@ -143,6 +155,15 @@ def test_a_sieve_skips_what_a_period_leaves_out() -> None:
     assert plan.count_tiles(Shape(8192, 8192)) == (0, 128 * 16)
     blocks = plan_of(RandomBlocks(64, 2), (64, 64))
     assert blocks.count_tiles(Shape(8192, 8192))[1] <= 128 * 2
+
+
+def test_many_pieces_keep_the_full_tiles_of_the_wide_ones() -> None:
+    """More pieces than a kernel takes: those that can fill no tile are drawn together first."""
+    wide = Causal() & (Window(2048) | Stride(8))
+    many = Causal() & (Window(2048) | RandomBlocks(64, 9) | Vertical(tuple(range(0, 900, 90))))
+    shape = Shape(8192, 8192)
+    assert plan_of(many, (64, 64)).count_tiles(shape)[0] == \
+        plan_of(wide, (64, 64)).count_tiles(shape)[0] > 0
 
 
 def test_no_plan_depends_on_the_length() -> None:

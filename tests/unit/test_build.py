@@ -30,7 +30,8 @@ def test_a_kernel_is_a_real_file(cache: Path) -> None:
 
 
 def test_the_same_text_is_loaded_once(cache: Path) -> None:
-    assert build.load_module(SOURCE) is build.load_module(SOURCE)
+    first = build.load_module(SOURCE)
+    assert build.load_module(SOURCE) is first
     assert build.load_module(SOURCE) is not build.load_module(SOURCE + "\n")
 
 
@@ -46,7 +47,6 @@ def test_a_damaged_file_is_written_again(cache: Path, damage: bytes) -> None:
 
 def test_a_stale_bytecode_file_is_not_trusted(cache: Path) -> None:
     build.load_module(SOURCE)
-    (path,) = cache.glob("*.py")
     for compiled in cache.glob("__pycache__/*"):
         compiled.write_bytes(b"not bytecode")
     build._modules.clear()
@@ -62,7 +62,8 @@ def test_many_threads_get_one_module(cache: Path) -> None:
 
 def test_many_processes_share_the_folder(cache: Path) -> None:
     program = ("from maskdsl.codegen.build import load_module\n"
-               f"for i in range(20):\n    assert load_module({SOURCE!r} + '#' * i).answer() == 42\n")
+               "for i in range(20):\n"
+               f"    assert load_module({SOURCE!r} + '#' * i).answer() == 42\n")
     runs = [subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
             for _ in range(4)]
     for run in runs:
