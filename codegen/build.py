@@ -28,6 +28,7 @@ def load_module(source: str) -> ModuleType:
     digest = hashlib.sha256(source.encode()).hexdigest()
     with _lock:
         if digest not in _modules:
+            debug(4, source)
             _modules[digest] = import_file(store_source(source, digest))
         return _modules[digest]
 
@@ -44,7 +45,6 @@ def store_source(source: str, digest: str) -> Path:
         file.write(source)
     os.replace(file.name, path)
     debug(1, f"kernel file written: {path}")
-    debug(4, source)
     return path
 
 

@@ -15,7 +15,8 @@ PAIR_LIMIT = 1 << 30  # pairs that are counted one by one where no interval deci
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The cost of one call, for each head. `str()` is the text for people.
+    """The cost of one call, for each head (the first, where heads differ). `str()` is the text
+    for people.
 
     live_pairs    (query, key) pairs the mask keeps; None where only testing could tell and there
                   are too many

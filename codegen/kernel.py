@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from maskdsl.codegen.build import load_module
@@ -18,9 +20,11 @@ from maskdsl.codegen.emit import emit_source
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan, mean_row_width
 from maskdsl.codegen.tune import Config, pick_config
-from maskdsl.errors import BackendError, DeviceError, DtypeError
+from maskdsl.errors import BackendError, DeviceError, DtypeError, ResourceError
 from maskdsl.expr import Mask
+from maskdsl.settings import debug, debug_level
 from maskdsl.shape import Shape
+from maskdsl.spans import spans
 
 LOG2_E = 1.4426950408889634
 
@@ -64,6 +68,7 @@ class TritonForward:
         if not can_launch():
             raise BackendError("backend='triton'", "there is no GPU here",
                                "backend='torch', or TRITON_INTERPRET=1 to test on a CPU")
+        spans(mask)  # a function that cannot be compiled is told now, not at the first call
         self.mask = mask
         self.chosen = config.check() if config else None
         self.variants: dict[tuple[Any, ...], Variant] = {}
@@ -87,12 +92,15 @@ class TritonForward:
         """The specialisation for these properties, built on first use."""
         key = (arch, dtype, head_dim, value_dim, align, use_tma, with_lse)
         if key not in self.variants:
+            start = time.perf_counter()
             config = self.config(arch, head_dim, value_dim, dtype.itemsize)
             plan = make_plan(self.mask, config.block_m, config.block_n)
             module = load_module(emit_source(plan))
             constants = kernel_constants(config, dtype, head_dim, value_dim, align, use_tma,
                                          with_lse)
             self.variants[key] = Variant(plan, config, module.forward, constants)
+            debug(1, f"{self.mask!r} for {arch}, {dtype}, D {head_dim}/{value_dim}: {config}")
+            debug(2, f"planned and written in {1e3 * (time.perf_counter() - start):.1f} ms")
         return self.variants[key]
 
     def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
@@ -116,6 +124,9 @@ class TritonForward:
         chosen = self.variant(arch_of(q.device), q.dtype, q.shape[3], v.shape[3], align, use_tma,
                               with_lse)
         config, constants = chosen.config, chosen.constants
+        if debug_level() >= 2:
+            full, masked = chosen.plan.count_tiles(shape)
+            debug(2, f"{shape}: {full} full and {masked} masked tiles a head")
         batch, heads = q.shape[0], q.shape[1]
         grid = (-(-shape.q_len // config.block_m) * batch * heads,)
         numbers = (*(s // align for three in strides for s in three),
@@ -131,11 +142,15 @@ class TritonForward:
             arguments = (q, k if keys is None else rebase(keys, k),
                          v if values is None else rebase(values, v), out,
                          out if lse is None else lse, *numbers)
-            if device is None or device == torch.cuda.current_device():
-                launch(*arguments, **options)
-            else:
-                with torch.cuda.device(device):
+            try:
+                if device is None or device == torch.cuda.current_device():
                     launch(*arguments, **options)
+                else:
+                    with torch.cuda.device(device):
+                        launch(*arguments, **options)
+            except OutOfResources as error:
+                raise ResourceError(f"{config}", f"the kernel does not fit the device: {error}",
+                                    "a smaller tile, or leave tile out") from error
             return result
 
         return call

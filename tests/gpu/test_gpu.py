@@ -28,7 +28,7 @@ from maskdsl import (
     Where,
     Window,
 )
-from maskdsl.errors import GradientError
+from maskdsl.errors import GradientError, ResourceError
 
 pytestmark = pytest.mark.gpu
 
@@ -168,6 +168,12 @@ def test_strides_past_two_to_the_31() -> None:
             return view.copy_(t)
 
         assert torch.equal(maskdsl.compile(TRIANGLE)(*use(far)), expected)
+
+
+def test_a_tile_that_does_not_fit_is_told() -> None:
+    q = torch.randn(1, 1, 512, 256, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(ResourceError, match="smaller tile"):
+        maskdsl.compile(Causal(), tile=(256, 256))(q, q, q)
 
 
 def test_empty_calls() -> None:

@@ -74,6 +74,14 @@ def test_a_wrong_compile_is_told(kind: type[errors.MaskDSLError], text: str, mas
         compile(mask, **options)
 
 
+def test_a_function_that_cannot_be_compiled_is_told_at_once() -> None:
+    flags = torch.ones(100, dtype=torch.bool)
+    mask = Window(9) & maskdsl.Where(lambda b, h, q, k: flags[k])
+    with pytest.raises(errors.TraceError, match="backend='torch'"):
+        compile(mask, backend="triton")
+    assert compile(mask, backend="torch")(*tensors()).shape == (1, 4, 16, 16)
+
+
 def test_a_tile_on_the_torch_backend_is_not_ignored_in_silence() -> None:
     with pytest.raises(errors.BackendError, match="tile"):
         compile(Causal(), backend="torch", tile=(64, 64))
