@@ -93,12 +93,13 @@ class Plan:
             graph.add_edge(name, "MASKED loop")
             if self.full and piece.is_exact:
                 graph.add_edge(name, "FULL loop")
+        graph.add_node("kernel", kind="kernel")
         for loop in ("FULL loop", "MASKED loop"):
             if loop in graph:
                 graph.nodes[loop]["kind"] = "loop"
                 graph.add_edge(loop, "kernel")
-        if "kernel" in graph:
-            graph.nodes["kernel"]["kind"] = "kernel"
+        if not self.pieces:
+            graph.add_edge(repr(self.mask), "kernel")
         return graph
 
     def run_bounds(self, shape: Shape, batch: int = 0, head: int = 0) -> dict[str, Any]:

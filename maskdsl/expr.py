@@ -72,12 +72,16 @@ class Mask:
 
     @property
     def key(self) -> str:
-        """The structural key operands are sorted by."""
+        """The structural key operands are sorted by: the repr, but with functions told apart."""
+        below = operands(self)
+        if below:
+            return f"{type(self).__name__}({', '.join(arg.key for arg in below)})"
         return repr(self)
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that depend on the structure alone, equal in every process."""
+        """16 hex digits that depend on the structure alone: equal in every process, unless the mask
+        holds a function (`Where`), which has no identity beyond its process."""
         return hashlib.sha256(self.key.encode()).hexdigest()[:16]
 
     def limit(self) -> int | None:

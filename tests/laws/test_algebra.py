@@ -144,3 +144,13 @@ def test_the_order_of_operands_changes_nothing(args: list[Mask], random: object,
 def test_functions_are_told_apart() -> None:
     assert len({Where(f) for f in FUNCTIONS}) == len(FUNCTIONS)
     assert Where(FUNCTIONS[0]) == Where(FUNCTIONS[0])
+
+
+def test_functions_of_one_name_are_told_apart_under_operators() -> None:
+    def make(n: int) -> Mask:
+        return Where(lambda b, h, q, k: q - k < n)
+
+    a, b = make(3), make(5)
+    assert (~a).fingerprint != (~b).fingerprint
+    assert (~a | ~b) == (~b | ~a)
+    assert (~a | ~b) != (~a | ~a)
