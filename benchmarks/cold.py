@@ -1,4 +1,4 @@
-"""How long from `compile(...)` to the first result with every cache empty?"""
+"""How long from the import to the first result with every cache empty?"""
 
 from __future__ import annotations
 

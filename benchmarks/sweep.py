@@ -32,5 +32,3 @@ def run(report: Report) -> None:
                 report.add(mask=name, length=length, dim=dim, tile=f"{config.block_m}x"
                            f"{config.block_n}", warps=config.warps, stages=config.stages, ms=ms,
                            tflops=tera_flops(mask, length, ms, dim=dim))
-
-

@@ -14,6 +14,7 @@ Sorting is a few scalar min/max: no table, no memory, nothing to rebuild for ano
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import sympy
@@ -63,14 +64,6 @@ def at(terms: Terms, where: sympy.Expr, extreme: type[sympy.Max] | type[sympy.Mi
     return extreme(*(t.xreplace({P: where}) for t in terms))
 
 
-def has_core(piece: Piece, block_n: int) -> bool:
-    """Whether the piece can cover a whole key tile of a query tile."""
-    if not piece.is_exact:
-        return False
-    widths = [h - x for x in piece.lo for h in piece.hi]
-    return not any(w.is_Integer and w < block_n for w in widths)
-
-
 def bound_pieces(pieces: tuple[Piece, ...], block_n: int) -> tuple[
         Lines, list[TileRange], tuple[Segment, ...], tuple[Segment, ...]]:
     """Pieces -> bounds text, the tile range of each, full segments, masked segments."""
@@ -98,7 +91,7 @@ def bound_piece(lines: Lines, i: int, piece: Piece, block_n: int) -> TileRange:
     if lo != "0":
         stop = f"tl.where({hi} > {lo}, tl.cdiv({hi}, BLOCK_N), {start})"
     stop = lines.set(f"stop{i}", stop)
-    if not has_core(piece, block_n):
+    if not piece.fills(block_n):
         return TileRange(start, stop, start, start)
     core_lo = lines.set(f"core_lo{i}", write_integer(at(piece.lo, P_LAST, sympy.Max)))
     core_hi = lines.set(f"core_hi{i}", write_integer(at(piece.hi, P_FIRST, sympy.Min)))
@@ -141,8 +134,8 @@ def describe_piece(piece: Piece) -> str:
         text += f", rows p >= {write_integer(sympy.Max(*piece.first))}"
     if piece.last:
         text += f", rows p < {write_integer(sympy.Min(*piece.last))}"
-    for kernel, plain in (("tl.minimum", "min"), ("tl.maximum", "max"), ("floor_div", "floor")):
-        text = text.replace(kernel, plain)
+    text = re.sub(r"floor_div\((\w+), (\w+)\)", r"(\1 // \2)", text)
+    text = text.replace("tl.minimum", "min").replace("tl.maximum", "max")
     return text if piece.is_exact else f"{text}, tested pair by pair"
 
 
@@ -172,7 +165,7 @@ def split_segments(lines: Lines, ranges: list[TileRange]) -> tuple[
     if not ranges:
         return (), ()
     cores = [r for r in ranges if r.core_start != r.core_stop]
-    if cores and len(ranges) > 1:
+    if len(cores) > 1:
         lines.add("# FULL: the union of the cores, each tile once")
     full = unite_ranges(lines, [r.core_start for r in cores], [r.core_stop for r in cores])
     lines.add("# MASKED: the union of the hulls without the cores, each tile once")

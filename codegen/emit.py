@@ -34,9 +34,14 @@ def header_text(plan: Plan) -> str:
     """What the file is, for a reader who finds it in the cache."""
     return (f"mask         {plan.mask!r}\n"
             f"tile         {plan.block_m} queries x {plan.block_n} keys\n"
-            f"FULL loop    {len(plan.full)} segments, no mask\n"
-            f"MASKED loop  {len(plan.masked)} segments"
-            f"{', dead tiles skipped by interval arithmetic' if plan.sieve else ''}\n")
+            f"FULL loop    {count_text(plan.full)}, no mask\n"
+            f"MASKED loop  {count_text(plan.masked)}"
+            f"{', dead tiles skipped by interval arithmetic' if plan.sieve else ''}\n\n")
+
+
+def count_text(segments: tuple[Segment, ...]) -> str:
+    """How many stretches a loop walks."""
+    return f"{len(segments)} segment{'' if len(segments) == 1 else 's'}"
 
 
 def indent(lines: tuple[str, ...], levels: int = 1) -> str:
@@ -75,7 +80,7 @@ def virtual_lines(name: str, segments: tuple[Segment, ...]) -> tuple[list[str], 
 
 def loop_names(plan: Plan, masked: bool) -> str:
     """The sub-expressions a loop serves, for its comment."""
-    names = [" & ".join(p.origin) for p in plan.pieces if masked or p.is_exact]
+    names = [" & ".join(p.origin) for p in plan.pieces if masked or p.fills(plan.block_n)]
     return " | ".join(dict.fromkeys(n for n in names if n)) or repr(plan.mask)
 
 

@@ -91,7 +91,7 @@ class Plan:
             graph.add_node(name, kind="piece", lo=piece.lo, hi=piece.hi, exact=piece.is_exact)
             graph.add_edge(repr(self.mask), name)
             graph.add_edge(name, "MASKED loop")
-            if self.full and piece.is_exact:
+            if piece.fills(self.block_n):
                 graph.add_edge(name, "FULL loop")
         graph.add_node("kernel", kind="kernel")
         for loop in ("FULL loop", "MASKED loop"):

@@ -53,8 +53,6 @@ def _interval_test(lines: Lines, i: int, piece: Piece) -> str:
     return f"({' & '.join(tests)})"
 
 
-
-
 def name_rows(lines: Lines, condition: Condition, names: dict[sympy.Expr, str]) -> Condition:
     """Name what costs a division and depends on the row alone, so the loop does not repeat it.
 

@@ -51,7 +51,7 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     Errors: MaskTypeError, BackendError, LayoutError, ScaleError, ResourceError.
     """
     if not isinstance(mask, Mask):
-        raise MaskTypeError(f"compile({mask!r})", f"{type(mask).__name__} is not a mask",
+        raise MaskTypeError(f"compile({mask!r})", f"a {type(mask).__name__}, which is not a mask",
                             "an expression such as Sink(4) | Window(2048), or Where(fn)")
     whole = simplify(Causal() & mask if causal else mask)
     return Attention(whole, pick_backend(backend), check_layout(layout), scale, tile)

@@ -108,7 +108,7 @@ class Mask:
 def _need_mask(left: Mask, operator: str, right: object) -> Mask:
     if not isinstance(right, Mask):
         raise MaskTypeError(f"{left!r} {operator} {right!r}",
-                            f"{right!r} is a {type(right).__name__}, not a mask",
+                            f"{right!r}, of type {type(right).__name__}, is not a mask",
                             "an atom such as Sink(4), or Where(fn) for a function")
     return right
 

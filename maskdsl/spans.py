@@ -56,6 +56,15 @@ class Piece:
         """Whether the interval alone decides."""
         return self.rest == TRUE
 
+    def fills(self, block: int) -> bool:
+        """Whether its interval can hold a whole tile of `block` keys for several rows."""
+        return self.is_exact and not self.is_narrower(block)
+
+    def is_narrower(self, size: int) -> bool:
+        """Whether the interval is provably shorter than `size` keys."""
+        widths = [h - x for x in self.lo for h in self.hi]
+        return any(bool(w.is_Integer and w < size) for w in widths)
+
     @property
     def is_affine(self) -> bool:
         """Whether every bound has slope 0 or 1 in p: then its tile hull holds no dead tile."""
@@ -63,7 +72,7 @@ class Piece:
 
 
 def is_at_most(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """Whether a <= b can be proved for all p >= 0-free reasons: a constant difference."""
+    """Whether a <= b is proved, for every p and length: their difference is a number."""
     if b == TOTAL_LEN and a == KV_LEN:
         return True
     difference = b - a
@@ -227,7 +236,7 @@ def limit_pieces(pieces: tuple[Piece, ...], origin: tuple[str, ...]) -> tuple[Pi
     """At most MAX_PIECES: those that are tested pair by pair anyway are drawn together first, then
     the narrow ones, then all."""
     tested = {piece for piece in pieces if not piece.is_exact}
-    narrow = {piece for piece in pieces if is_narrow(piece)}
+    narrow = {piece for piece in pieces if piece.is_narrower(MIN_TILE)}
     for group in (tested, tested | narrow, set(pieces)):
         if len(pieces) <= MAX_PIECES:
             break
@@ -236,12 +245,6 @@ def limit_pieces(pieces: tuple[Piece, ...], origin: tuple[str, ...]) -> tuple[Pi
             kept = tuple(piece for piece in pieces if piece not in chosen)
             pieces = (*kept, enclose_pieces(chosen, origin))
     return pieces
-
-
-def is_narrow(piece: Piece) -> bool:
-    """Whether the piece is too narrow to fill a key tile, so that nothing FULL is lost with it."""
-    widths = [h - x for x in piece.lo for h in piece.hi]
-    return any(w.is_Integer and w < MIN_TILE for w in widths)
 
 
 def enclose_pieces(pieces: list[Piece], origin: tuple[str, ...]) -> Piece:

@@ -88,8 +88,10 @@ def at_least_zero(value: sympy.Expr) -> Condition:
 
     9 - Max(p - k, k - p) >= 0  -->  9 - (p - k) >= 0 and 9 - (k - p) >= 0
     """
-    if value.is_Integer:
-        return TRUE if value >= 0 else FALSE
+    if value.is_nonnegative:
+        return TRUE
+    if value.is_negative:
+        return FALSE
     for term in sympy.Add.make_args(value):
         scale, extreme = term.as_coeff_Mul()
         if extreme.func in (sympy.Max, sympy.Min):

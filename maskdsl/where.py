@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from maskdsl.errors import AtomArgumentError
+from maskdsl.errors import AtomArgumentError, TraceError
 from maskdsl.expr import Bool, Index, Mask, Place
 
 MaskMod = Callable[[Any, Any, Any, Any], Any]
@@ -45,7 +45,14 @@ class Where(Mask):
             pass
 
     def contains(self, p: Index, k: Index, at: Place) -> Bool:
-        return self.mask_mod(getattr(at, "batch", 0), getattr(at, "head", 0), p, k)
+        try:
+            return self.mask_mod(getattr(at, "batch", 0), getattr(at, "head", 0), p, k)
+        except RuntimeError as error:
+            if "Boolean value of Tensor" not in str(error):
+                raise
+            raise TraceError(f"`and`, `or`, `not`, `if` or a chained comparison in {self!r}",
+                             "Python asks for one truth value where there is one for each pair",
+                             "`&`, `|`, `~` and torch.where") from error
 
     def __repr__(self) -> str:
         fn = self.mask_mod

@@ -73,6 +73,12 @@ def test_a_function_that_reads_a_tensor_still_has_a_dense_meaning() -> None:
     assert live.sum(1).tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
+def test_a_truth_value_is_told_also_where_nothing_is_traced() -> None:
+    mask = Where(lambda b, h, q, k: q >= k and k < 4)
+    with pytest.raises(errors.TraceError, match="chained comparison"):
+        dense(mask, Shape(8, 8))
+
+
 def test_heads_may_differ() -> None:
     mask = Where(lambda b, h, q, k: (q >= k) & (q - k < 3 * (h + 1) + b))
     live = dense(mask, Shape(20, 20), batch=2, heads=2)
