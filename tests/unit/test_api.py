@@ -14,6 +14,9 @@ from maskdsl import BlockDiagonal, Causal, Chunk, Full, LastQ, Sink, Window, com
 from maskdsl.codegen.kernel import interpreting
 
 
+ON_CPU = pytest.mark.skipif(not interpreting(), reason="a GPU is here: see tests/gpu")
+
+
 def tensors(heads: int = 4, kv_heads: int = 2, length: int = 16, dim: int = 16,
             dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     return [torch.randn(1, h, length, dim, dtype=dtype) for h in (heads, kv_heads, kv_heads)]
@@ -94,6 +97,7 @@ def test_a_length_beyond_the_mask_is_told() -> None:
     assert attn(*tensors(length=12)).shape == (1, 4, 12, 16)
 
 
+@ON_CPU
 def test_gradients_through_triton_are_refused() -> None:
     q, k, v = tensors()
     attn = compile(Causal(), backend="triton")
@@ -103,6 +107,7 @@ def test_gradients_through_triton_are_refused() -> None:
         attn(q, k, v)
 
 
+@ON_CPU
 def test_a_second_call_of_the_same_kind_is_checked_too() -> None:
     attn = compile(Causal(), backend="triton")
     q, k, v = tensors()
@@ -113,7 +118,7 @@ def test_a_second_call_of_the_same_kind_is_checked_too() -> None:
         attn(*tensors(heads=3))
 
 
-@pytest.mark.skipif(not interpreting(), reason="a GPU is here")
+@ON_CPU
 def test_without_a_gpu_triton_is_refused_and_torch_is_the_default() -> None:
     program = ("import maskdsl\nassert maskdsl.compile(maskdsl.Causal()).backend == 'torch'\n"
                "maskdsl.compile(maskdsl.Causal(), backend='triton')")
