@@ -13,7 +13,6 @@ import maskdsl
 from maskdsl import BlockDiagonal, Causal, Chunk, Full, LastQ, Sink, Window, compile, errors
 from maskdsl.codegen.kernel import interpreting
 
-
 ON_CPU = pytest.mark.skipif(not interpreting(), reason="a GPU is here: see tests/gpu")
 
 
