@@ -237,14 +237,19 @@ def fits_tma(t: torch.Tensor, strides: tuple[int, int, int]) -> bool:
 
 
 def describe(t: torch.Tensor, strides: tuple[int, int, int], rows: int, block: int) -> Any:
-    """A TMA descriptor of k or v with tiles of [1, 1, rows, block]; out of bounds reads give 0."""
+    """A TMA descriptor of k or v with tiles of [1, 1, rows, block]; out of bounds reads give 0.
+
+    A template for `rebase`: it is kept for later calls, so it must not keep this tensor alive.
+    """
     row = 16 * -(-t.shape[3] // 16)  # any legal stride, for dimensions of one entry
     steps = [s or row for s in strides]
-    return TensorDescriptor(t, list(t.shape), [*steps, 1], [1, 1, rows, block])
+    descriptor = TensorDescriptor(t, list(t.shape), [*steps, 1], [1, 1, rows, block])
+    descriptor.base = None
+    return descriptor
 
 
 def rebase(descriptor: Any, t: torch.Tensor) -> Any:
-    """The same descriptor over another tensor of equal shape and strides.
+    """The descriptor over a tensor of the shape and strides it was made for.
 
     A copy: its fields were validated once, and validating costs more than the rest of a warm call.
     """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -168,6 +171,16 @@ def test_strides_past_two_to_the_31() -> None:
             return view.copy_(t)
 
         assert torch.equal(maskdsl.compile(TRIANGLE)(*use(far)), expected)
+
+
+def test_a_compiled_mask_keeps_no_tensor_alive() -> None:
+    attn = maskdsl.compile(TRIANGLE)
+    inputs = make_inputs(Case(TRIANGLE, 512, 512, dim=64, dtype=torch.bfloat16), "cuda")
+    alive = [weakref.ref(t) for t in inputs]
+    attn(*inputs, return_lse=True)
+    del inputs
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None, None]
 
 
 def test_a_tile_that_does_not_fit_is_told() -> None:
