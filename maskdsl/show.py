@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from maskdsl.dense import dense
@@ -35,6 +36,6 @@ def save_picture(mask: Mask, path: str | Path, length: int = 128, block: int = 0
         axes.set_yticks(ticks)
         axes.grid(color="0.75", linewidth=0.5)
     axes.set(xlabel="key", ylabel="query")
-    axes.set_title("\n| ".join(repr(mask).split(" | ")), fontsize=9)
+    axes.set_title(textwrap.fill(repr(mask), 64), fontsize=9)
     figure.savefig(path, dpi=150)
     return Path(path)
