@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from math import gcd
 
+from maskdsl.arguments import MAX_RUNS, runs_of
 from maskdsl.atoms import (
     Causal,
     Chunk,
@@ -49,6 +50,11 @@ def _union(a: KeyRange, b: KeyRange) -> Mask | None:
 def _meet(a: KeyRange | QueryRange, b: KeyRange | QueryRange) -> Mask:
     lo, hi = max(a.start, b.start), min(a.stop, b.stop)
     return type(a)(lo, hi) if lo < hi else Empty()
+
+
+def _fit(values: tuple[int, ...]) -> bool:
+    """Whether one atom may hold all these values."""
+    return len(runs_of(tuple(sorted(set(values))))) <= MAX_RUNS
 
 
 def _hull(a: Window, b: Window) -> Window:
@@ -94,9 +100,9 @@ RULES: tuple[Rule, ...] = (
          lambda a, b: b if b.size % a.size == 0 else None),
     Rule("Stride(a) & Stride(b) --> the coarser, or Empty", And, (Stride, Stride), _even),
     Rule("Vertical(a) | Vertical(b) --> Vertical(a + b)", Or, (Vertical, Vertical),
-         lambda a, b: Vertical(a.columns + b.columns)),
+         lambda a, b: Vertical(a.columns + b.columns) if _fit(a.columns + b.columns) else None),
     Rule("Slash(a) | Slash(b) --> Slash(a + b)", Or, (Slash, Slash),
-         lambda a, b: Slash(a.offsets + b.offsets)),
+         lambda a, b: Slash(a.offsets + b.offsets) if _fit(a.offsets + b.offsets) else None),
     # The general laws, proved on the geometry, come last: they cost more to try.
     Rule("a | b --> b, where a is inside b", Or, (Mask, Mask),
          lambda a, b: b if includes(b, a) else None),

@@ -68,7 +68,9 @@ class Piece:
     @property
     def is_affine(self) -> bool:
         """Whether every bound has slope 0 or 1 in p: then its tile hull holds no dead tile."""
-        return self.is_exact and not any(t.has(sympy.floor) for t in self.lo + self.hi)
+        return self.is_exact and all(
+            t.coeff(P, 1) in (0, 1) and not (t - t.coeff(P, 1) * P).has(P)
+            for t in self.lo + self.hi)
 
 
 def is_at_most(a: sympy.Expr, b: sympy.Expr) -> bool:

@@ -21,6 +21,7 @@ from maskdsl import (
     Shape,
     Sink,
     Stride,
+    Where,
     Window,
     dense,
     simplify,
@@ -78,7 +79,8 @@ def test_closed_forms_known_by_hand(mask: Mask, text: str) -> None:
     assert str(closed.pairs) == text
 
 
-@pytest.mark.parametrize("mask", [Chunk(64), Stride(8), Window(9) | Chunk(7)])
+@pytest.mark.parametrize("mask", [Chunk(64), Stride(8), Window(9) | Chunk(7),
+                                  Where(lambda b, h, q, k: k < 3 * q)])
 def test_no_closed_form_is_invented(mask: Mask) -> None:
     assert count_closed(mask) is None
 

@@ -68,6 +68,13 @@ def test_simplifying_ends_and_never_grows(mask: Mask) -> None:
     assert simplify(smaller) == smaller
 
 
+def test_lists_too_long_for_one_atom_stay_two() -> None:
+    for kind in (Vertical, Slash):
+        a, b = kind(tuple(range(0, 1200, 4))), kind(tuple(range(2, 1200, 4)))
+        assert simplify(a | b) == a | b
+        assert len(spans(a | b)) == 2
+
+
 def shuffle(mask: Mask, source: random.Random) -> Mask:
     """The same expression with the operands of every node written in another order."""
     below = [shuffle(arg, source) for arg in operands(mask)]
