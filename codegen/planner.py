@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -22,7 +23,7 @@ from maskdsl.trace import BATCH, HEAD, Condition, Ge
 
 SAMPLE = Shape(8192, 8192)  # where the cost model looks; plans do not depend on the call's length
 LONG = Shape(16384, 16384)  # where the width of a mask is taken
-MIN_DEAD_SHARE = 0.1  # a sieve must skip this share of the tiles, or the plain loop is faster
+MIN_DEAD_SHARE = 0.1  # of the masked tiles a sieve must skip to be kept; chosen, not measured
 
 
 @lru_cache(maxsize=256)
@@ -43,16 +44,10 @@ def choose_sieve(plan: Plan, sieve: Sieve | None) -> Plan:
     """Keep the dead-tile test where it skips enough of a sample call to pay for itself."""
     if sieve is None:
         return plan
-    sifted = replace_sieve(plan, sieve)
+    sifted = replace(plan, sieve=sieve)
     before, after = plan.count_tiles(SAMPLE)[1], sifted.count_tiles(SAMPLE)[1]
     debug(2, f"sieve of {plan.mask!r}: {before} masked tiles --> {after}")
     return sifted if after < before * (1 - MIN_DEAD_SHARE) else plan
-
-
-def replace_sieve(plan: Plan, sieve: Sieve | None) -> Plan:
-    """The same plan with another sieve."""
-    return Plan(plan.mask, plan.block_m, plan.block_n, plan.pieces, plan.bounds, plan.full,
-                plan.masked, plan.rows, plan.tests, sieve, plan.last_first, plan.needs_head)
 
 
 def is_last_heaviest(mask: Mask) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import networkx as nx
@@ -25,7 +26,7 @@ from maskdsl import (
 )
 from maskdsl.codegen.bounds import bound_pieces
 from maskdsl.codegen.plan import Plan, cover_tiles
-from maskdsl.codegen.planner import make_plan, replace_sieve
+from maskdsl.codegen.planner import make_plan
 from maskdsl.codegen.sieve import write_sieve
 from maskdsl.expr import Not
 from maskdsl.text import NUMPY_NAMES
@@ -41,7 +42,7 @@ def plan_of(mask: Mask, tile: tuple[int, int]) -> Plan:
 def always_sieved(plan: Plan) -> Plan:
     """The plan with its dead-tile test, also where the cost model leaves it out."""
     ranges = bound_pieces(plan.pieces, plan.block_n)[1]
-    return replace_sieve(plan, write_sieve(plan.pieces, ranges))
+    return replace(plan, sieve=write_sieve(plan.pieces, ranges))
 
 
 def tiles_of(plan: Plan, live: Bools) -> tuple[Bools, Bools]:
