@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from maskdsl.codegen.plan import Segment
+from maskdsl.codegen.listing import Segment
 from maskdsl.spans import Piece, Terms
 from maskdsl.text import write_integer
 from maskdsl.trace import P
@@ -64,14 +64,50 @@ def at(terms: Terms, where: sympy.Expr, extreme: type[sympy.Max] | type[sympy.Mi
     return extreme(*(t.xreplace({P: where}) for t in terms))
 
 
-def bound_pieces(pieces: tuple[Piece, ...], block_n: int) -> tuple[
-        Lines, list[TileRange], tuple[Segment, ...], tuple[Segment, ...]]:
-    """Pieces -> bounds text, the tile range of each, full segments, masked segments."""
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Everything `bound_pieces` found out.
+
+    lines   the text
+    ranges  the tile range of each piece
+    full    the disjoint union of the cores; masked: that of the hulls without it
+    hulls   the disjoint union of the hulls: all tiles the two loops visit
+    """
+
+    lines: Lines
+    ranges: list[TileRange]
+    full: tuple[Segment, ...]
+    masked: tuple[Segment, ...]
+    hulls: tuple[Segment, ...]
+
+
+def bound_pieces(pieces: tuple[Piece, ...], block_n: int,
+                 sure: tuple[Piece, ...] | None = None) -> Bounds:
+    """Pieces -> bounds text, the tile range of each, full and masked segments.
+
+    sure  the pieces whose cores are live whatever call-time data says, where that is not `pieces`
+    """
     lines = Lines()
-    ranges = [bound_piece(lines, i, piece, block_n) for i, piece in enumerate(pieces)]
-    merged = merge_prefixes(lines, ranges)
-    full, masked = split_segments(lines, merged)
-    return lines, ranges, full, masked
+    if sure is None:
+        ranges = [bound_piece(lines, i, piece, block_n) for i, piece in enumerate(pieces)]
+    else:
+        ranges = [bound_piece(lines, i, piece, 0) for i, piece in enumerate(pieces)]
+        ranges += [bound_piece(lines, len(pieces) + i, piece, block_n)
+                   for i, piece in enumerate(sure)]
+    full, masked, hulls = split_segments(lines, merge_prefixes(lines, ranges))
+    return Bounds(lines, ranges, full, masked, hulls)
+
+
+def bound_reach(lines: Lines, first: int, pieces: tuple[Piece, ...]) -> tuple[str, str]:
+    """The keys from the first to the last one any piece may hold for the query tile, as text.
+
+    first  the number of the first piece, for names
+    """
+    hulls = [_bound_hull(lines, first + i, piece)[:2] for i, piece in enumerate(pieces)]
+    if not hulls:
+        return "0", "0"
+    lo = lines.set("reach_lo", _nest("tl.minimum", [lo for lo, _ in hulls]))
+    return lo, lines.set("reach_hi", _nest("tl.maximum", [hi for _, hi in hulls]))
 
 
 def bound_piece(lines: Lines, i: int, piece: Piece, block_n: int) -> TileRange:
@@ -79,19 +115,16 @@ def bound_piece(lines: Lines, i: int, piece: Piece, block_n: int) -> TileRange:
 
     [max(0, p - 2047), min(p + 1, kv_len))  -->  hull from p_first to p_last, core from p_last to
     p_first
+
+    block_n  keys a tile; 0 for no core
     """
-    lines.add(f"# {describe_piece(piece)}")
-    first, last, alive, whole = _bound_rows(lines, i, piece)
-    lo = lines.set(f"lo{i}", write_integer(at(piece.lo, first, sympy.Max), _names(i)))
-    hi = lines.set(f"hi{i}", write_integer(at(piece.hi, last, sympy.Min), _names(i)))
-    if alive:
-        hi = lines.set(f"live_hi{i}", f"tl.where({alive}, {hi}, 0)")
+    lo, hi, whole = _bound_hull(lines, i, piece)
     start = "0" if lo == "0" else lines.set(f"start{i}", f"{lo} // BLOCK_N")
     stop = f"tl.cdiv(tl.maximum({hi}, 0), BLOCK_N)"
     if lo != "0":
         stop = f"tl.where({hi} > {lo}, tl.cdiv({hi}, BLOCK_N), {start})"
     stop = lines.set(f"stop{i}", stop)
-    if not piece.fills(block_n):
+    if not block_n or not piece.fills(block_n):
         return TileRange(start, stop, start, start)
     core_lo = lines.set(f"core_lo{i}", write_integer(at(piece.lo, P_LAST, sympy.Max)))
     core_hi = lines.set(f"core_hi{i}", write_integer(at(piece.hi, P_FIRST, sympy.Min)))
@@ -101,6 +134,17 @@ def bound_piece(lines: Lines, i: int, piece: Piece, block_n: int) -> TileRange:
         lines.set(f"core_start{i}", f"tl.cdiv({core_lo}, BLOCK_N)")
     core_stop = lines.set(f"core_stop{i}", f"tl.maximum({core_hi} // BLOCK_N, {core_start})")
     return TileRange(start, stop, core_start, core_stop)
+
+
+def _bound_hull(lines: Lines, i: int, piece: Piece) -> tuple[str, str, str]:
+    """(first key, last key + 1, test that all rows have the piece) of one piece's hull."""
+    lines.add(f"# {describe_piece(piece)}")
+    first, last, alive, whole = _bound_rows(lines, i, piece)
+    lo = lines.set(f"lo{i}", write_integer(at(piece.lo, first, sympy.Max), _names(i)))
+    hi = lines.set(f"hi{i}", write_integer(at(piece.hi, last, sympy.Min), _names(i)))
+    if alive:
+        hi = lines.set(f"live_hi{i}", f"tl.where({alive}, {hi}, 0)")
+    return lo, hi, whole
 
 
 def _names(i: int) -> dict[sympy.Expr, str]:
@@ -160,10 +204,11 @@ def _nest(name: str, args: list[str]) -> str:
 
 
 def split_segments(lines: Lines, ranges: list[TileRange]) -> tuple[
-        tuple[Segment, ...], tuple[Segment, ...]]:
-    """Overlapping ranges -> disjoint full and masked segments (the argument is at the top)."""
+        tuple[Segment, ...], tuple[Segment, ...], tuple[Segment, ...]]:
+    """Overlapping ranges -> disjoint full and masked segments (the argument is at the top), and the
+    two together."""
     if not ranges:
-        return (), ()
+        return (), (), ()
     cores = [r for r in ranges if r.core_start != r.core_stop]
     if len(cores) > 1:
         lines.add("# FULL: the union of the cores, each tile once")
@@ -177,7 +222,7 @@ def split_segments(lines: Lines, ranges: list[TileRange]) -> tuple[
             opens.remove(name)
             closes.remove(name)
     opens, closes = sort_names(lines, opens), sort_names(lines, closes)
-    return full, tuple(map(Segment, opens, closes))
+    return full, tuple(map(Segment, opens, closes)), hulls
 
 
 def unite_ranges(lines: Lines, starts: list[str], stops: list[str]) -> tuple[Segment, ...]:

@@ -7,36 +7,109 @@ bounds of the two loops, the mask of a tile, and (where one pays) the dead-tile 
 from __future__ import annotations
 
 from importlib.resources import files
+from typing import Any
 
-from maskdsl.codegen.plan import Plan, Segment
+from maskdsl.codegen.emit_lists import (
+    TILE_SETUP,
+    atom_setup,
+    column_segments,
+    cores_text,
+    member_lines,
+    names_text,
+    parameters_text,
+    setup_lines,
+    slash_segments,
+    table_lines,
+    unvisited,
+)
+from maskdsl.codegen.listing import Lists, Parameter, Segment
+from maskdsl.codegen.lists import parameters
+from maskdsl.codegen.plan import Plan
 
 INDENT = "    "
 
 
 def emit_source(plan: Plan) -> str:
     """The kernel file of a plan; equal plans give equal text."""
-    template = files("maskdsl.codegen").joinpath("forward.py.txt").read_text()
+    return emit_kernels((plan,), ())
+
+
+def emit_kernels(plans: tuple[Plan, ...], heads: tuple[int, ...]) -> str:
+    """The kernel file of one plan, or of several that share the heads among them.
+
+    heads  how many heads walk each plan, costliest plan first; () for one plan
+    """
+    template = read_template("forward")
+    lists = merge_lists(plans)
+    found = parameters(lists)
+    if heads:
+        found.append(Parameter("head_order", True))
+    names = names_text(found)
     pieces = {
-        "HEADER": header_text(plan),
-        "TILE_ORDER": tile_order_text(plan),
-        "BOUNDS": indent(plan.bounds),
-        "ROWS": indent(plan.rows),
-        "FULL_LOOP": full_loop_text(plan),
-        "MASKED_LOOP": masked_loop_text(plan),
+        "<HEADER>\n": header_text(plans),
+        "# <SLOT_HELPERS>\n": read_template("slots") if lists.atoms else "",
+        "<MORE_NAMES>": names,
+        "<MORE_PARAMETERS>": parameters_text(found, 12),
+        f"{INDENT}# <TILE_ORDER>\n": tile_order_text(plans, heads),
+        f"{INDENT}# <SLOTS>\n": indent(tuple(setup_lines(lists))),
+        f"{INDENT}# <WALK>\n": walk_text(plans, heads),
     }
-    for name, text in pieces.items():
-        template = template.replace(f"{INDENT}# <{name}>\n" if name != "HEADER" else f"<{name}>\n",
-                                    text)
+    for mark, text in pieces.items():
+        template = template.replace(mark, text)
     return template
 
 
-def header_text(plan: Plan) -> str:
+def emit_lister(plan: Plan) -> str:
+    """The kernel file that lists the live key tiles of a plan with tables."""
+    found = [p for p in parameters(plan.lists)
+             if p.name.startswith("slot_") or p.name.startswith("union_tile_")]
+    atoms = [line for atom in plan.lists.atoms for line in atom_setup(atom)]
+    pieces = {
+        "<HEADER>\n": f"mask  {plan.mask!r}\ntile  {plan.block_m} queries x {plan.block_n} keys\n\n",
+        "<SLOT_HELPERS>\n": read_template("slots"),
+        "<MORE_NAMES>": names_text(found),
+        "<MORE_PARAMETERS>": parameters_text(found, 15),
+        f"{INDENT}# <SLOTS>\n": indent((*atoms, *TILE_SETUP)),
+        f"{INDENT}# <BOUNDS>\n": indent(plan.bounds),
+        "<REACH_LO>": plan.lists.reach[0], "<REACH_HI>": plan.lists.reach[1],
+        f"{INDENT * 2}# <LOOK_UP>\n": indent(tuple(table_lines(plan)), 2),
+        "<CORES>": cores_text(plan),
+    }
+    template = read_template("lists")
+    for mark, text in pieces.items():
+        template = template.replace(mark, text)
+    return template
+
+
+def read_template(name: str) -> str:
+    """A part of the kernel that no mask changes."""
+    return files("maskdsl.codegen").joinpath(f"{name}.py.txt").read_text()
+
+
+def merge_lists(plans: tuple[Plan, ...]) -> Lists:
+    """What all the plans together ask of the call's data."""
+    def union(name: str) -> tuple[Any, ...]:
+        found = {atom for plan in plans for atom in getattr(plan.lists, name)}
+        return tuple(sorted(found, key=lambda atom: atom.key))
+
+    return Lists(union("atoms"), union("tables"), union("slashes"), union("columns"))
+
+
+def header_text(plans: tuple[Plan, ...]) -> str:
     """What the file is, for a reader who finds it in the cache."""
-    return (f"mask         {plan.mask!r}\n"
-            f"tile         {plan.block_m} queries x {plan.block_n} keys\n"
-            f"FULL loop    {count_text(plan.full)}, no mask\n"
-            f"MASKED loop  {count_text(plan.masked)}"
-            f"{', dead tiles skipped by interval arithmetic' if plan.sieve else ''}\n\n")
+    text = ""
+    for plan in plans:
+        lists = plan.lists
+        more = [name for name, made in (("tiles listed for these rows", lists.tables),
+                                        ("tiles at listed distances", lists.slashes)) if made]
+        text += (f"mask         {plan.mask!r}\n"
+                 f"tile         {plan.block_m} queries x {plan.block_n} keys\n"
+                 f"FULL loop    {count_text(plan.full)}{', listed tiles' if lists.cores else ''}, "
+                 "no mask\n"
+                 f"MASKED loop  {', '.join([count_text(plan.masked), *more])}"
+                 f"{', dead tiles skipped by interval arithmetic' if plan.sieve else ''}\n"
+                 f"{'COLUMN loop  loose columns, gathered' + chr(10) if lists.columns else ''}\n")
+    return text
 
 
 def count_text(segments: tuple[Segment, ...]) -> str:
@@ -49,16 +122,64 @@ def indent(lines: tuple[str, ...], levels: int = 1) -> str:
     return "".join(f"{INDENT * levels}{line}\n" for line in lines)
 
 
-def tile_order_text(plan: Plan) -> str:
+def tile_order_text(plans: tuple[Plan, ...], heads: tuple[int, ...]) -> str:
     """The heaviest query tiles start first, so that none of them is left for the end."""
-    if plan.last_first:
-        return indent(("# the last query tiles see most keys: they start first",
-                       "q_tile = tl.cdiv(q_len, BLOCK_M) - 1 - program // batch_heads"))
-    return indent(("# the first query tiles see most keys: they start first",
-                   "q_tile = program // batch_heads"))
+    last_first = plans[0].last_first
+    if heads:
+        return class_order_text(plans, heads)
+    which = "last" if last_first else "first"
+    tile = "tl.cdiv(q_len, BLOCK_M) - 1 - program // batch_heads" if last_first else \
+        "program // batch_heads"
+    return indent((f"# the {which} query tiles see most keys: they start first", f"q_tile = {tile}",
+                   "batch = program % batch_heads // heads", "head = program % heads"))
 
 
-def virtual_lines(name: str, segments: tuple[Segment, ...]) -> tuple[list[str], str]:
+def class_order_text(plans: tuple[Plan, ...], heads: tuple[int, ...]) -> str:
+    """Kinds of heads one after the other, the costliest kind first, so that its items do not start
+    when the others are done; within a kind the heaviest query tiles first."""
+    lines = ["# heads by kind of mask, the costliest kind first; heavy query tiles first in each",
+             "tiles = tl.cdiv(q_len, BLOCK_M)",
+             "kind, item, before, kind_heads, last_first = 0, program, 0, "
+             f"{heads[0]}, {plans[0].last_first}"]
+    done = heads[0]
+    for i, count in enumerate(heads[1:], start=1):
+        first = f"tiles * (batch_heads // heads) * {done}"
+        lines += [f"later = program >= {first}", f"kind = tl.where(later, {i}, kind)",
+                  f"item = tl.where(later, program - {first}, item)",
+                  f"before = tl.where(later, {done}, before)",
+                  f"kind_heads = tl.where(later, {count}, kind_heads)",
+                  f"last_first = tl.where(later, {plans[i].last_first}, last_first)"]
+        done += count
+    lines += ["batch = item // kind_heads % (batch_heads // heads)",
+              "q_tile = item // kind_heads // (batch_heads // heads)",
+              "q_tile = tl.where(last_first, tiles - 1 - q_tile, q_tile)",
+              "head = tl.load(head_order + before + item % kind_heads)"]
+    return indent(tuple(lines))
+
+
+def walk_text(plans: tuple[Plan, ...], heads: tuple[int, ...]) -> str:
+    """Bounds and loops; of several plans each in a branch of its own."""
+    if not heads:
+        return plan_text(plans[0])
+    text = ""
+    for i, plan in enumerate(plans):
+        test = f"if kind == {i}:" if i == 0 else "else:" if i == len(plans) - 1 else \
+            f"elif kind == {i}:"
+        body = "".join(f"{INDENT}{line}" if line.strip() else line
+                       for line in plan_text(plan).splitlines(keepends=True))
+        text += f"{INDENT}{test}\n{body}"
+    return text
+
+
+def plan_text(plan: Plan) -> str:
+    """One plan's bounds, row bounds and loops."""
+    columns = f"\n{column_loop_text(plan)}" if plan.lists.columns else ""
+    return (f"{indent(plan.bounds)}{indent(plan.rows)}\n{full_loop_text(plan)}\n"
+            f"{masked_loop_text(plan)}{columns}")
+
+
+def virtual_lines(name: str, segments: tuple[Segment, ...],
+                  index: str = "i") -> tuple[list[str], str]:
     """One loop over several segments: lines before it, and the tile of virtual index i.
 
     [a, b) + [c, d)  -->  i in [0, (b - a) + (d - c)), tile = i + (a if i < b - a else c - (b - a))
@@ -74,44 +195,103 @@ def virtual_lines(name: str, segments: tuple[Segment, ...]) -> tuple[list[str], 
         done = total
     tile = shifts[-1][0]
     for n in range(len(shifts) - 2, -1, -1):
-        tile = f"tl.where(i < {name}_count{n}, {shifts[n][0]}, {tile})"
-    return lines, "i" if tile == "0" else f"i + {tile}"
+        tile = f"tl.where({index} < {name}_count{n}, {shifts[n][0]}, {tile})"
+    return lines, index if tile == "0" else f"{index} + {tile}"
 
 
 def loop_names(plan: Plan, masked: bool) -> str:
     """The sub-expressions a loop serves, for its comment."""
     names = [" & ".join(p.origin) for p in plan.pieces if masked or p.fills(plan.block_n)]
+    if masked:
+        names += [repr(atom) for atom in (*plan.lists.tables, *plan.lists.slashes)]
+    elif plan.lists.cores:
+        names += [repr(atom) for atom in plan.lists.tables]
     return " | ".join(dict.fromkeys(n for n in names if n)) or repr(plan.mask)
 
 
 def full_loop_text(plan: Plan) -> str:
     """The loop over tiles that are live throughout: no mask in it."""
-    if not plan.full:
+    listed = bool(plan.lists.cores)
+    if not plan.full and not listed:
         return indent(("# no key tile can be live throughout: there is no FULL loop",))
-    setup, tile = virtual_lines("full", plan.full)
+    setup, tile = virtual_lines("full", plan.full) if plan.full else ([], "i")
+    count = f"full_count{len(plan.full) - 1}" if plan.full else "0"
+    start = [f"start = ({tile}) * BLOCK_N"]
+    if listed:
+        setup.append(f"full_static = {count}")
+        count = "full_static + full_listed"
+        start += ["listed = tl.load(union_tile_list + (i - full_static), mask=i >= full_static, "
+                  "other=0)", "start = tl.where(i < full_static, start, listed * BLOCK_N)"]
     before = indent((f"# FULL tiles of {loop_names(plan, False)}", *setup,
-                     f"for i in tl.range(0, full_count{len(plan.full) - 1}, num_stages=STAGES):"))
-    return before + indent((f"start = ({tile}) * BLOCK_N", *LOADS, *FULL_STEP), 2)
+                     f"for i in tl.range(0, {count}, num_stages=STAGES):"))
+    return before + indent((*start, *LOADS, *FULL_STEP), 2)
 
 
 def masked_loop_text(plan: Plan) -> str:
     """The loop over tiles that are live in part."""
-    if not plan.masked:
-        return indent(("# the mask is empty: there is no MASKED loop",))
-    setup, tile = virtual_lines("masked", plan.masked)
+    lists = plan.lists
+    if not plan.masked and not lists.tables and not lists.slashes:
+        return indent(("# the mask is empty: there is no MASKED loop",)) if not lists.columns else \
+            indent(("# only loose columns: there is no MASKED loop",))
+    setup, tile = virtual_lines("masked", plan.masked) if plan.masked else ([], "i")
+    count = f"masked_count{len(plan.masked) - 1}" if plan.masked else "0"
+    more, start, count = listed_starts(plan, count)
     sieve = plan.sieve
-    before = indent((f"# MASKED tiles of {loop_names(plan, True)}", *setup,
+    before = indent((f"# MASKED tiles of {loop_names(plan, True)}", *setup, *more,
                      *(sieve.setup if sieve else ()),
-                     f"for i in tl.range(0, masked_count{len(plan.masked) - 1}, "
-                     "num_stages=STAGES):"))
-    step = (*LOADS, "k = start + tl.arange(0, BLOCK_N)[None, :]", f"live = {plan.tests[0]}",
-            *(f"live = live | {test}" for test in plan.tests[1:]), *MASKED_STEP)
+                     f"for i in tl.range(0, {count}, num_stages=STAGES):"))
+    fresh = ([f"fresh = (i < slash_base) | ({' & '.join(unvisited(plan, False))})",
+              "live = live & fresh"] if lists.slashes else [])
+    step = (*LOADS, "k = start + tl.arange(0, BLOCK_N)[None, :]", *member_lines(plan, False),
+            f"live = {plan.tests[0]}", *(f"live = live | {test}" for test in plan.tests[1:]),
+            *fresh, *MASKED_STEP)
     if sieve is None:
-        return before + indent((f"start = ({tile}) * BLOCK_N", *step), 2)
+        return before + indent((f"start = ({tile}) * BLOCK_N", *start, *step), 2)
     head = indent((f"tile = {tile}", "start = tile * BLOCK_N",
                    "stop = tl.minimum(start + BLOCK_N, kv_len) - 1  # the tile's last key",
                    *sieve.lines, f"if {sieve.test}:"), 2)
     return before + head + indent(step, 3)
+
+
+def listed_starts(plan: Plan, count: str) -> tuple[list[str], list[str], str]:
+    """Lines before the masked loop, lines that set `start` in it, and how often it runs."""
+    before, start = [], []
+    if plan.lists.tables:
+        before.append(f"masked_static = {count}")
+        start += ["listed = tl.load(union_tile_list + (union_tile_capacity - 1 - "
+                  "(i - masked_static)),",
+                  "                 mask=(i >= masked_static) & (i < masked_static + part_listed), "
+                  "other=0)",
+                  "start = tl.where(i < masked_static, start, listed * BLOCK_N)"]
+        count = "masked_static + part_listed"
+    if plan.lists.slashes:
+        lines, segments = slash_segments(plan)
+        virtual, place = virtual_lines("slash", segments, "j")
+        before += [*lines, *virtual, f"slash_base = {count}"]
+        start += ["j = i - slash_base",
+                  f"distance = tl.load(union_slash_list + ({place}), mask=j >= 0, other=0)",
+                  "start = tl.where(j < 0, start, p_first - distance)"]
+        count = f"slash_base + slash_count{len(segments) - 1}"
+    return before, start, count
+
+
+def column_loop_text(plan: Plan) -> str:
+    """The loop over loose columns, BLOCK_N of them gathered at a time."""
+    lines, segments = column_segments(plan)
+    virtual, place = virtual_lines("column", segments, "j")
+    total = f"column_count{len(segments) - 1}"
+    names = " | ".join(map(repr, plan.lists.columns))
+    before = indent((f"# COLUMNS of {names}", *lines, *virtual,
+                     f"for i in tl.range(0, tl.cdiv({total}, BLOCK_N), num_stages=STAGES):"))
+    fresh = unvisited(plan, True)
+    step = ("j = i * BLOCK_N + tl.arange(0, BLOCK_N)",
+            f"column = tl.load(union_column_list + ({place}), mask=j < {total}, other=kv_len)",
+            "keys = load_rows(key_rows, k_stride_l, column, kv_len, HEAD_DIM, QK_BLOCK, ALIGN)",
+            "values = load_rows(value_rows, v_stride_l, column, kv_len, VALUE_DIM, V_BLOCK, ALIGN)",
+            "k = column[None, :]", *member_lines(plan, True), f"live = {plan.tests[0]}",
+            *(f"live = live | {test}" for test in plan.tests[1:]),
+            *([f"live = live & {' & '.join(fresh)}"] if fresh else []), *MASKED_STEP)
+    return before + indent(step, 2)
 
 
 LOADS = (

@@ -16,9 +16,12 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from maskdsl.codegen.build import load_module
-from maskdsl.codegen.emit import emit_source
+from maskdsl.codegen.emit import emit_kernels, emit_lister, merge_lists
+from maskdsl.codegen.listing import Parameter
+from maskdsl.codegen.lists import group_heads, parameters
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan, mean_row_width
+from maskdsl.codegen.tables import CHUNK, CallPlan, Tables, head_table
 from maskdsl.codegen.tune import Config, pick_config
 from maskdsl.errors import BackendError, DeviceError, DtypeError, ResourceError
 from maskdsl.expr import Mask
@@ -52,12 +55,25 @@ def arch_of(device: torch.device) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One specialisation: what Triton compiles separately."""
+    """One specialisation: what Triton compiles separately.
 
-    plan: Plan
+    plans     one, or one for each kind of head, costliest first
+    heads     the query heads that walk each plan; () where all walk the only one
+    listers   for each plan with tables of blocks, the function that lists its tiles
+    """
+
+    plans: tuple[Plan, ...]
+    heads: tuple[tuple[int, ...], ...]
     config: Config
     forward: Any  # the JIT function
     constants: dict[str, Any]
+    listers: tuple[Any, ...]
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """The arguments beyond those of every mask."""
+        found = parameters(merge_lists(self.plans))
+        return [*found, Parameter("head_order", True)] if self.heads else found
 
 
 class TritonForward:
@@ -68,15 +84,17 @@ class TritonForward:
         if not can_launch():
             raise BackendError("backend='triton'", "there is no GPU here",
                                "backend='torch', or TRITON_INTERPRET=1 to test on a CPU")
-        spans(mask)  # a function that cannot be compiled is told now, not at the first call
         self.mask = mask
+        self.kinds = sorted(group_heads(mask), key=lambda kind: -mean_row_width(kind[1]))
+        for _, one in self.kinds:
+            spans(one)  # a function that cannot be compiled is told now, not at the first call
         self.chosen = config.check() if config else None
         self.variants: dict[tuple[Any, ...], Variant] = {}
 
     @cached_property
     def width(self) -> float:
         """Mean live keys per row, for the choice of tiles."""
-        return mean_row_width(self.mask)
+        return mean_row_width(self.kinds[0][1])
 
     def config(self, arch: str, head_dim: int, value_dim: int, item_size: int) -> Config:
         """The tile sizes in use: the user's, or the tuned ones."""
@@ -94,18 +112,23 @@ class TritonForward:
         if key not in self.variants:
             start = time.perf_counter()
             config = self.config(arch, head_dim, value_dim, dtype.itemsize)
-            plan = make_plan(self.mask, config.block_m, config.block_n)
-            module = load_module(emit_source(plan))
-            constants = kernel_constants(config, dtype, head_dim, value_dim, align, use_tma,
-                                         with_lse)
-            self.variants[key] = Variant(plan, config, module.forward, constants)
+            self.variants[key] = self._build(config, kernel_constants(
+                config, dtype, head_dim, value_dim, align, use_tma, with_lse))
             debug(1, f"{self.mask!r} for {arch}, {dtype}, D {head_dim}/{value_dim}: {config}")
             debug(2, f"planned and written in {1e3 * (time.perf_counter() - start):.1f} ms")
         return self.variants[key]
 
+    def _build(self, config: Config, constants: dict[str, Any]) -> Variant:
+        plans = tuple(make_plan(mask, config.block_m, config.block_n) for _, mask in self.kinds)
+        heads = tuple(heads for heads, _ in self.kinds if heads)
+        module = load_module(emit_kernels(plans, tuple(map(len, heads))))
+        listers = tuple(load_module(emit_lister(plan)).list_tiles if plan.lists.tables else None
+                        for plan in plans)
+        return Variant(plans, heads, config, module.forward, constants, listers)
+
     def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
                 scale: float, layout: str, with_lse: bool) -> Call:
-        """A function of (q, k, v) for every call that looks like this one.
+        """A function of (q, k, v, data) for every call that looks like this one.
 
         q, k, v are [B, H, L, D] views, already checked; the function takes them in the user's
         layout. All that a warm call need not decide again is decided here.
@@ -113,7 +136,7 @@ class TritonForward:
         check_device(q)
         make_out = output_maker(q, v.shape[3], layout, with_lse)
         if not q.numel() or not shape.kv_len:
-            return lambda q, k, v: without_keys(make_out(q))
+            return lambda q, k, v, data: without_keys(make_out(q))
         return self._prepare_launch(q, k, v, shape, scale, make_out, with_lse)
 
     def _prepare_launch(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
@@ -125,23 +148,28 @@ class TritonForward:
                               with_lse)
         config, constants = chosen.config, chosen.constants
         if debug_level() >= 2:
-            full, masked = chosen.plan.count_tiles(shape)
-            debug(2, f"{shape}: {full} full and {masked} masked tiles a head")
+            for plan in chosen.plans:
+                full, masked = plan.count_tiles(shape)
+                debug(2, f"{shape}: {full} full and {masked} masked tiles a head, without lists")
         batch, heads = q.shape[0], q.shape[1]
         grid = (-(-shape.q_len // config.block_m) * batch * heads,)
         numbers = (*(s // align for three in strides for s in three),
                    batch * heads, heads, heads // k.shape[1],
-                   shape.q_len, shape.kv_len, shape.q_offset, shape.total_len, scale * LOG2_E)
+                   shape.q_len, shape.kv_len, shape.q_offset, shape.total_len)
+        scale *= LOG2_E
+        found = chosen.parameters
         options = {**constants, "num_warps": config.warps, "num_stages": config.stages}
         launch, device = chosen.forward[grid], q.device.index
         keys = describe(k, strides[1], config.block_n, constants["QK_BLOCK"]) if use_tma else None
         values = describe(v, strides[2], config.block_n, constants["V_BLOCK"]) if use_tma else None
 
-        def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
+        def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                 data: dict[str, Any]) -> Result:
             result, out, lse = make_out(q)
+            more = slot_arguments(chosen, found, data, shape, q, k, v) if found else ()
             arguments = (q, k if keys is None else rebase(keys, k),
                          v if values is None else rebase(values, v), out,
-                         out if lse is None else lse, *numbers)
+                         out if lse is None else lse, *numbers, *more, scale)
             try:
                 if device is None or device == torch.cuda.current_device():
                     launch(*arguments, **options)
@@ -157,8 +185,43 @@ class TritonForward:
 
 
 Result = Any  # output, or (output, lse)
-Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Result]
+Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], Result]
 OutputMaker = Callable[[torch.Tensor], tuple[Result, torch.Tensor, torch.Tensor | None]]
+
+
+def slot_arguments(chosen: Variant, found: list[Parameter], data: dict[str, Any], shape: Shape,
+                   q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Any]:
+    """The arguments that carry call-time data, in the order the kernel takes them."""
+    lists = merge_lists(chosen.plans)
+    heads, config = q.shape[1], chosen.config
+    by_head = bool(chosen.heads) or any(plan.lists.by_head for plan in chosen.plans)
+    tables = Tables(CallPlan(lists, shape, q.shape[0], heads, (config.block_m, config.block_n),
+                             by_head), data)
+    if lists.tables:
+        tables.room_for_tiles()
+        for i, lister in enumerate(chosen.listers):
+            if lister is not None:
+                list_tiles(chosen, i, lister, tables, q.device)
+    everything = tables.arguments | {"union_key_rows": k, "union_value_rows": v}
+    if chosen.heads:
+        everything["head_order"] = head_table(sum(chosen.heads, ()), q.device)
+    return [everything[p.name] for p in found]
+
+
+def list_tiles(chosen: Variant, i: int, lister: Any, tables: Tables, device: torch.device) -> None:
+    """Run one plan's lister for all query tiles of its heads."""
+    call, plan = tables.call, chosen.plans[i]
+    share = tables.arguments["union_tile_share"]
+    heads = chosen.heads[i] if chosen.heads else tuple(range(0, call.heads, share))
+    batch = tables.arguments["union_tile_list"].shape[0]
+    tiles = -(-call.shape.q_len // plan.block_m)
+    names = [p.name for p in parameters(plan.lists)
+             if p.name.startswith(("slot_", "union_tile_"))]
+    shape = call.shape
+    lister[(tiles * len(heads) * batch,)](
+        head_table(heads, device), len(heads), shape.q_len, shape.kv_len, shape.q_offset,
+        shape.total_len, *(tables.arguments[name] for name in names),
+        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, CHUNK=CHUNK)
 
 
 def output_maker(q: torch.Tensor, value_dim: int, layout: str, with_lse: bool) -> OutputMaker:

@@ -6,26 +6,20 @@ here on numpy arrays (`Plan.visit`), so the host counts and tests exactly what t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
+from maskdsl.codegen.listing import Lists, Segment
 from maskdsl.expr import Mask, operands
 from maskdsl.shape import Shape
 from maskdsl.spans import Piece
 from maskdsl.text import NUMPY_NAMES
 from maskdsl.tiles import Ints, names_of
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Key tiles [start, stop), each a variable of the bounds text or a number."""
-
-    start: str
-    stop: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +52,7 @@ class Plan:
                   which makes a pair live
     sieve         dead-tile test of the masked loop, where one pays
     last_first    whether the last query tiles are the heaviest and start first
+    lists         what call-time data adds to the two loops
     """
 
     mask: Mask
@@ -72,7 +67,7 @@ class Plan:
     sieve: Sieve | None
     last_first: bool
     needs_head: bool
-    slots: tuple[str, ...] = field(default=())  # data that arrives at call time; none yet
+    lists: Lists = Lists()
 
     @property
     def live(self) -> str:
@@ -83,6 +78,8 @@ class Plan:
     def graph(self) -> nx.DiGraph:
         """Expression nodes -> pieces -> loops -> kernel, as a networkx DAG."""
         graph = nx.DiGraph(mask=repr(self.mask))
+        for atom in self.lists.atoms:
+            graph.add_edge(repr(atom), "MASKED loop")
         for node in self.mask.walk():
             graph.add_node(repr(node), kind="expression")
             graph.add_edges_from((repr(child), repr(node)) for child in operands(node))
@@ -102,14 +99,15 @@ class Plan:
             graph.add_edge(repr(self.mask), "kernel")
         return graph
 
-    def run_bounds(self, shape: Shape, batch: int = 0, head: int = 0) -> dict[str, Any]:
+    def run_bounds(self, shape: Shape, batch: int = 0, head: int = 0,
+                   bound: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The variables of the bounds text, each int or int64[query tiles]."""
         row = np.arange(0, max(shape.q_len, 1), self.block_m, dtype=np.int64)
         if shape.q_len == 0:
             row = row[:0]
         last = np.minimum(row + self.block_m, shape.q_len) - 1
         values: dict[str, Any] = {
-            **NUMPY_NAMES, **names_of(shape, batch, head), "BLOCK_N": self.block_n,
+            **NUMPY_NAMES, **names_of(shape, batch, head, self.mask, bound), "BLOCK_N": self.block_n,
             "p_first": row + shape.q_offset, "p_last": last + shape.q_offset}
         exec("\n".join(self.bounds), values)
         return values

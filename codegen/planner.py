@@ -11,15 +11,16 @@ from functools import lru_cache
 import numpy as np
 
 from maskdsl.codegen.bounds import bound_pieces
+from maskdsl.codegen.lists import asks_head, base_of, bound_lists, sort_atoms
 from maskdsl.codegen.plan import Plan, Sieve
 from maskdsl.codegen.sieve import write_sieve
 from maskdsl.codegen.writer import write_mask
+from maskdsl.dynamic import ListMask, slots_of
 from maskdsl.expr import Mask
 from maskdsl.settings import debug
 from maskdsl.shape import Shape
-from maskdsl.spans import Piece, spans
+from maskdsl.spans import spans
 from maskdsl.tiles import count_rows
-from maskdsl.trace import BATCH, HEAD, Condition, Ge
 
 SAMPLE = Shape(8192, 8192)  # where the cost model looks; plans do not depend on the call's length
 LONG = Shape(16384, 16384)  # where the width of a mask is taken
@@ -29,14 +30,22 @@ MIN_DEAD_SHARE = 0.1  # of the masked tiles a sieve must skip to be kept; chosen
 @lru_cache(maxsize=256)
 def make_plan(mask: Mask, block_m: int, block_n: int) -> Plan:
     """The plan of a (simplified) mask for one tile size in tokens; pure, so cached."""
-    pieces = spans(mask)
-    lines, ranges, full, masked = bound_pieces(pieces, block_n)
-    rows, tests = write_mask(pieces)
-    plan = Plan(mask, block_m, block_n, pieces, tuple(lines.text), full, masked, rows, tests,
-                None, is_last_heaviest(mask), any(map(asks_head, pieces)))
-    plan = choose_sieve(plan, write_sieve(pieces, ranges))
-    debug(3, f"plan of {mask!r}: {len(pieces)} pieces, {len(full)} full and {len(masked)} masked "
-             f"segments, {'a' if plan.sieve else 'no'} sieve")
+    lists = sort_atoms(mask)
+    base = base_of(mask) if lists.listed else mask
+    pieces = spans(base)
+    if lists.listed:
+        bounds, lists = bound_lists(mask, block_n)
+    else:
+        bounds = bound_pieces(pieces, block_n)
+    live = spans(mask)
+    rows, tests = write_mask(live)
+    plan = Plan(mask, block_m, block_n, pieces, tuple(bounds.lines.text), bounds.full,
+                bounds.masked, rows, tests, None, is_last_heaviest(mask),
+                any(map(asks_head, (*pieces, *live))), lists)
+    if not lists.listed:  # a listed tile may lie where the static mask is dead
+        plan = choose_sieve(plan, write_sieve(pieces, bounds.ranges))
+    debug(3, f"plan of {mask!r}: {len(pieces)} pieces, {len(plan.full)} full and "
+             f"{len(plan.masked)} masked segments, {'a' if plan.sieve else 'no'} sieve")
     return plan
 
 
@@ -52,24 +61,14 @@ def choose_sieve(plan: Plan, sieve: Sieve | None) -> Plan:
 
 def is_last_heaviest(mask: Mask) -> bool:
     """Whether the last query rows see as many keys as the first: then they should start first."""
+    if any(isinstance(atom, ListMask) for atom in slots_of(mask)):
+        return True  # causal lists grow with the row
     rows = np.array([0, SAMPLE.q_len - 1], dtype=np.int64)
     first, last = count_rows(mask, rows, SAMPLE)
     return bool(last >= first)
 
 
 def mean_row_width(mask: Mask, samples: int = 64) -> float:
-    """Live keys per row, averaged over evenly spaced rows of a long call."""
+    """Live keys per row, averaged over evenly spaced rows of a long call; lists count as empty."""
     rows = np.linspace(0, LONG.q_len - 1, samples).astype(np.int64)
-    return float(count_rows(mask, rows, LONG).mean())
-
-
-def asks_head(piece: Piece) -> bool:
-    """Whether the piece differs between batches or heads."""
-    bounds = piece.lo + piece.hi + piece.first + piece.last
-    return any(t.has(BATCH, HEAD) for t in bounds) or _condition_asks_head(piece.rest)
-
-
-def _condition_asks_head(condition: Condition) -> bool:
-    if isinstance(condition, Ge):
-        return bool(condition.value.has(BATCH, HEAD))
-    return any(map(_condition_asks_head, condition.args))
+    return float(count_rows(base_of(mask), rows, LONG).mean())

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import sympy
 
-from maskdsl.codegen.bounds import Lines, TileRange
+from maskdsl.codegen.bounds import P_FIRST, P_LAST, Lines, TileRange
 from maskdsl.codegen.plan import Sieve
 from maskdsl.spans import Piece
 from maskdsl.text import write_integer
-from maskdsl.trace import FALSE, TRUE, All, Condition, Ge, K, P
+from maskdsl.trace import FALSE, TRUE, All, Condition, Ge, Has, K, Lookup, P
 
 Extremes = tuple[str, str]  # text of the smallest and of the largest value
 
@@ -36,6 +36,8 @@ class SieveWriter:
             return ""
         if condition == FALSE:
             return "False"
+        if isinstance(condition, Has):
+            return ""
         if isinstance(condition, Ge):
             try:
                 return f"({self.extremes(condition.value)[1]} >= 0)"
@@ -75,6 +77,8 @@ class SieveWriter:
             low, high = self.extremes(over)
             by = write_integer(under)
             return f"floor_div({low}, {by})", f"floor_div({high}, {by})"
+        if e.func == Lookup:
+            return tuple(write_integer(e.xreplace({P: end})) for end in (P_FIRST, P_LAST))
         if e.func == sympy.Mod:
             return self._remainder(*e.args)
         if e.func in (sympy.Max, sympy.Min):

@@ -6,7 +6,8 @@ ones. Memory beyond a copy of the output is a few times one tile's scores, not a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,8 +16,11 @@ import numpy.typing as npt
 import torch
 
 from maskdsl.atoms import Full
+from maskdsl.binding import bind_slots
+from maskdsl.codegen.lists import group_heads
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan
+from maskdsl.dynamic import ListMask
 from maskdsl.expr import And, Mask, Not, Or, join
 from maskdsl.shape import Shape, Site
 from maskdsl.simplify import simplify
@@ -36,7 +40,11 @@ def torch_plan(mask: Mask) -> Plan:
 
 def widen_opaque(mask: Mask) -> Mask:
     """A superset without untraceable functions: opaque & Window(8)  -->  Window(8)."""
-    if is_traceable(mask):
+    if isinstance(mask, ListMask):
+        return Full()
+    if isinstance(mask, Not) and isinstance(mask.operand, ListMask):
+        return Full()
+    if is_traceable(mask) and not has_lists(mask):
         return mask
     if isinstance(mask, Or):
         return join(Or, tuple(map(widen_opaque, mask.args)))
@@ -48,23 +56,49 @@ def widen_opaque(mask: Mask) -> Mask:
     return Full()
 
 
+def has_lists(mask: Mask) -> bool:
+    """Whether some of the mask's pairs are listed at the call."""
+    return any(isinstance(node, ListMask) for node in mask.walk())
+
+
+class Kind:
+    """The heads that share one mask, and how it is walked.
+
+    opaque  tiles say nothing for sure: every key of the plan's tiles is tested
+    listed  most of those keys are dead: live ones are picked first
+    """
+
+    def __init__(self, heads: tuple[int, ...], mask: Mask) -> None:
+        self.heads, self.mask = heads, mask
+        self.plan = torch_plan(mask)
+        self.listed = has_lists(mask)
+        self.opaque = self.listed or not is_traceable(mask)
+        self.alone = self.opaque or self.plan.needs_head  # heads cannot be computed together
+
+
 class TorchForward:
     """Block-sparse attention of one mask with torch ops."""
 
     def __init__(self, mask: Mask) -> None:
         self.mask = mask
-        self.plan = torch_plan(mask)
-        self.opaque = not is_traceable(mask)
+        self.kinds = [Kind(heads, one) for heads, one in group_heads(mask)]
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the first kind of head."""
+        return self.kinds[0].plan
 
     def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
                 scale: float, layout: str, with_lse: bool) -> Callable[..., Any]:
-        """A function of (q, k, v), in the user's layout, for every call that looks like this."""
+        """A function of (q, k, v, data), in the user's layout, for every call that looks like
+        this."""
         turned = layout == "blhd"
 
-        def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, data: dict[str, Any]) -> Any:
             if turned:
                 q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            out, lse = self.attend(q, k, v, shape, scale, with_lse)
+            bound = bind_slots(self.mask, data, shape)
+            out, lse = self.attend(q, k, v, shape, scale, with_lse, bound)
             if turned:
                 out = out.transpose(1, 2)
             return (out, lse) if with_lse else out
@@ -72,52 +106,68 @@ class TorchForward:
         return call
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
-               scale: float, with_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+               scale: float, with_lse: bool = True,
+               bound: Mapping[str, Any] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [B, Hq, Lq, Dv] in the dtype of q, lse [B, Hq, Lq] (or empty); inputs are views
         [B, H, L, D]."""
-        if not (self.opaque or self.plan.needs_head):
-            return self._attend(q, k, v, shape, scale, with_lse, 0, 0)
+        call = Run(shape, scale, with_lse, q.shape[1], bound or {})
+        if len(self.kinds) == 1 and not self.kinds[0].alone:
+            return attend_kind(self.kinds[0], q, k, v, call, 0, 0)
         group = q.shape[1] // k.shape[1]
+        kind_of = {h: kind for kind in self.kinds for h in kind.heads or range(q.shape[1])}
         rows = []
         for b in range(q.shape[0]):
-            heads = [self._attend(q[b:b + 1, h:h + 1], k[b:b + 1, h // group, None],
-                                  v[b:b + 1, h // group, None], shape, scale, with_lse, b, h)
+            heads = [attend_kind(kind_of[h], q[b:b + 1, h:h + 1], k[b:b + 1, h // group, None],
+                                 v[b:b + 1, h // group, None], call, b, h)
                      for h in range(q.shape[1])]
             rows.append(tuple(torch.cat(parts, 1) for parts in zip(*heads, strict=True)))
         out, lse = (torch.cat(parts, 0) for parts in zip(*rows, strict=True))
         return out, lse
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
-                scale: float, with_lse: bool, batch: int,
-                head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Heads that share one mask; (batch, head) is the first of them."""
-        b, heads, _, dim = q.shape
-        grouped = q.reshape(b, k.shape[1], heads // k.shape[1], shape.q_len, dim)
-        site = Site.of(shape, batch, head)
-        outs, lses = [], []
-        for first, ranges in walk_tiles(self.plan, shape, batch, head, self.opaque):
-            last = min(first + BLOCK_M, shape.q_len)
-            keys = sum(stop - start for start, stop, _ in ranges)
-            step = max(1, min(BLOCK_M, SCORE_LIMIT // max(1, b * heads * keys)))
-            for row in range(first, last, step):
-                rows = slice(row, min(row + step, last))
-                p = torch.arange(rows.start, rows.stop, device=q.device) + shape.q_offset
-                out, lse = attend_rows(self.mask, grouped[:, :, :, rows], k, v, ranges, p, site,
-                                       scale, with_lse)
-                outs.append(out)
-                lses.append(lse)
-        if not outs:
-            return q.new_zeros(b, heads, 0, v.shape[3]), q.new_zeros(b, heads, 0).float()
-        out = torch.cat(outs, 3).reshape(b, heads, shape.q_len, v.shape[3])
-        if not with_lse:
-            return out.to(q.dtype), out.new_empty(0)
-        return out.to(q.dtype), torch.cat(lses, 3).reshape(b, heads, shape.q_len)
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What all heads of one call share."""
+
+    shape: Shape
+    scale: float
+    with_lse: bool
+    heads: int
+    bound: Mapping[str, Any]
 
 
-def walk_tiles(plan: Plan, shape: Shape, batch: int, head: int,
+def attend_kind(kind: Kind, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Run,
+                batch: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Heads that share one mask; (batch, head) is the first of them."""
+    b, heads, _, dim = q.shape
+    shape = call.shape
+    grouped = q.reshape(b, k.shape[1], heads // k.shape[1], shape.q_len, dim)
+    site = Site.of(shape, batch, head, call.heads, call.bound)
+    outs, lses = [], []
+    for first, ranges in walk_tiles(kind.plan, site, shape, kind.opaque):
+        last = min(first + BLOCK_M, shape.q_len)
+        keys = sum(stop - start for start, stop, _ in ranges)
+        step = max(1, min(BLOCK_M, SCORE_LIMIT // max(1, b * heads * keys)))
+        for row in range(first, last, step):
+            rows = slice(row, min(row + step, last))
+            p = torch.arange(rows.start, rows.stop, device=q.device) + shape.q_offset
+            one = attend_listed if kind.listed else attend_rows
+            out, lse = one(kind.mask, grouped[:, :, :, rows], k, v, ranges, p, site, call.scale,
+                           call.with_lse)
+            outs.append(out)
+            lses.append(lse)
+    if not outs:
+        return q.new_zeros(b, heads, 0, v.shape[3]), q.new_zeros(b, heads, 0).float()
+    out = torch.cat(outs, 3).reshape(b, heads, shape.q_len, v.shape[3])
+    if not call.with_lse:
+        return out.to(q.dtype), out.new_empty(0)
+    return out.to(q.dtype), torch.cat(lses, 3).reshape(b, heads, shape.q_len)
+
+
+def walk_tiles(plan: Plan, site: Site, shape: Shape,
                opaque: bool) -> Iterator[tuple[int, list[Range]]]:
     """(first row, key ranges) of every query tile; neighbouring tiles of a kind are one range."""
-    values = plan.run_bounds(shape, batch, head)
+    values = plan.run_bounds(shape, site.batch, site.head, site.bound)
     full, masked = (plan.segments(which, values) for which in (plan.full, plan.masked))
     tiles = np.arange(-(-shape.kv_len // plan.block_n))
     for i, row in enumerate(range(0, shape.q_len, plan.block_m)):
@@ -163,6 +213,28 @@ def attend_rows(mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     weights = torch.softmax(scores, -1).view(b, kv_heads, group * rows, -1)
     out = (weights @ take_ranges(v, ranges).to(wide)).view(b, kv_heads, group, rows, -1)
     return out if dead is None else out.masked_fill(dead[:, None], 0.0), lse
+
+
+def attend_listed(mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                  ranges: list[Range], p: torch.Tensor, site: Site, scale: float,
+                  with_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `attend_rows`, of one head, after picking the keys some row of the tile sees."""
+    keys = torch.cat([torch.arange(start, stop, device=p.device) for start, stop, _ in ranges]) \
+        if ranges else p.new_empty(0)
+    live = torch.as_tensor(mask.contains(p[:, None], keys[None, :], site), device=p.device)
+    live = live.reshape(-1, *live.shape[-2:])[0] if live.dim() > 2 else live
+    live = live.broadcast_to(len(p), len(keys))
+    seen = live.any(0)
+    keys, live = keys[seen], live[:, seen]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) * scale) @ k[:, :, keys].to(wide).transpose(-1, -2)[:, :, None]
+    scores = scores.masked_fill(~live, -torch.inf)
+    dead = ~live.any(-1)
+    lse = torch.logsumexp(scores, -1) if with_lse and len(keys) else torch.full(
+        scores.shape[:-1], -torch.inf, dtype=wide, device=q.device)
+    weights = torch.softmax(scores.masked_fill(dead[:, None], 0.0), -1)
+    out = weights @ v[:, :, keys].to(wide)[:, :, None]
+    return out.masked_fill(dead[:, None], 0.0), lse
 
 
 def take_ranges(t: torch.Tensor, ranges: list[Range]) -> torch.Tensor:

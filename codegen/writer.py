@@ -11,7 +11,7 @@ import sympy
 from maskdsl.codegen.bounds import Lines
 from maskdsl.spans import ZERO, Piece
 from maskdsl.text import write_condition, write_integer
-from maskdsl.trace import Condition, Ge, K, P
+from maskdsl.trace import Condition, Ge, Has, K, P
 
 
 def write_mask(pieces: tuple[Piece, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -58,6 +58,8 @@ def name_rows(lines: Lines, condition: Condition, names: dict[sympy.Expr, str]) 
 
     k % 4 >= p % 4  -->  row0 = p % 4 before the loop, and k % 4 >= row0 in it
     """
+    if isinstance(condition, Has):
+        return condition
     if not isinstance(condition, Ge):
         return type(condition)(tuple(name_rows(lines, arg, names) for arg in condition.args))
     e = condition.value

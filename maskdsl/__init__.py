@@ -23,8 +23,18 @@ from maskdsl.atoms import (
     Window,
 )
 from maskdsl.dense import dense, dense_attention
+from maskdsl.dynamic import Blocks, Columns, Document, Prefix, TokenTopK, VerticalSlash
 from maskdsl.errors import MaskDSLError
 from maskdsl.expr import Mask, from_json
+from maskdsl.heads import PerHead
+from maskdsl.indices import (
+    BlockIndices,
+    ColumnIndices,
+    Documents,
+    PrefixLengths,
+    TokenIndices,
+    VSIndices,
+)
 from maskdsl.periodic import BlockDiagonal, Dilated, RandomBlocks, Slash, Stride, Vertical
 from maskdsl.shape import Shape
 from maskdsl.show import save_picture
@@ -35,8 +45,10 @@ from maskdsl.where import Where
 __version__ = VERSION
 
 __all__ = [
-    "Attention", "Band", "BlockDiagonal", "Causal", "Chunk", "Diagonal", "Dilated", "Empty",
-    "FirstQ", "Full", "KeyRange", "LastQ", "Mask", "MaskDSLError", "PrefixLM", "QueryRange",
-    "RandomBlocks", "Shape", "Sink", "Slash", "Stride", "Vertical", "Where", "Window",
+    "Attention", "Band", "BlockDiagonal", "BlockIndices", "Blocks", "Causal", "Chunk",
+    "ColumnIndices", "Columns", "Diagonal", "Dilated", "Document", "Documents", "Empty", "FirstQ",
+    "Full", "KeyRange", "LastQ", "Mask", "MaskDSLError", "PerHead", "Prefix", "PrefixLM",
+    "PrefixLengths", "QueryRange", "RandomBlocks", "Shape", "Sink", "Slash", "Stride",
+    "TokenIndices", "TokenTopK", "VSIndices", "Vertical", "VerticalSlash", "Where", "Window",
     "compile", "dense", "dense_attention", "errors", "from_json", "save_picture", "simplify",
 ]

@@ -9,15 +9,17 @@ import torch
 
 from maskdsl.atoms import Causal
 from maskdsl.errors import BackendError, MaskTypeError
+from maskdsl.binding import CallSize, check_names, check_slots, describe, wrap
 from maskdsl.expr import Mask
+from maskdsl.heads import count_heads
 from maskdsl.inputs import (
     DTYPES,
     check_gradients,
     check_layout,
     check_limit,
     check_ranks,
+    check_heads,
     check_scale,
-    check_slots,
     check_tensors,
 )
 from maskdsl.shape import Shape
@@ -78,6 +80,8 @@ class Attention:
         self.scale = None if scale is None else check_scale(scale, 1)
         self.limit = min((x for node in mask.walk() if (x := node.limit()) is not None),
                          default=None)
+        self.slots = check_names(mask)
+        self.heads = count_heads(mask)
         self._tile = tile
         self._ready: dict[Any, Any] = {}  # what a call looks like -> how to run it
         _ = self._forward  # what cannot be compiled fails now, not at the first call
@@ -126,18 +130,18 @@ class Attention:
         q_offset   absolute position of query row 0, in tokens; default Lk - Lq
         total_len  length of the whole prompt in tokens; default Lk. Chunked prefill needs it for
                    masks that count from the end (`LastQ`).
+        slots      data for every slot of the mask, by name: `vs=VSIndices(...)`
 
         Returns the output, of q's dtype and layout with last dimension Dv; with return_lse=True
         also the log-sum-exp, float32 [B, Hq, Lq], natural logarithm. A row without a live key
         gives 0 and -inf. Errors: subclasses of ShapeError, DtypeError, DeviceError, ScaleError,
-        UnknownSlotError, GradientError, all before anything is launched.
+        UnknownSlotError, MissingSlotError, SlotDataError, GradientError, all before anything is launched.
         """
-        if slots:
-            check_slots(slots, ())
         try:
             key = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype,
                    v.dtype, q.device, k.device, v.device, (k.data_ptr() | v.data_ptr()) % 16,
-                   scale, q_offset, total_len, return_lse)
+                   scale, q_offset, total_len, return_lse,
+                   *(describe(slots[name]) for name in sorted(slots)), *sorted(slots))
             call = self._ready.get(key)
         except (AttributeError, TypeError):
             check_ranks(q, k, v, self.layout)  # says what is no tensor
@@ -145,15 +149,17 @@ class Attention:
         if self.backend == "triton":
             check_gradients(q, k, v)
         if call is None:
-            call = self._prepare(q, k, v, scale, q_offset, total_len, return_lse)
+            call = self._prepare(q, k, v, scale, q_offset, total_len, return_lse, slots)
             if len(self._ready) >= READY_LIMIT:
                 self._ready.clear()
             self._ready[key] = call
-        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = call(q, k, v)
+        data = {atom.slot: wrap(atom, slots[atom.slot]) for atom in self.slots}
+        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = call(q, k, v, data)
         return result
 
     def _prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
-                 q_offset: int | None, total_len: int | None, return_lse: bool) -> Any:
+                 q_offset: int | None, total_len: int | None, return_lse: bool,
+                 slots: dict[str, object]) -> Any:
         """Check a call of a new kind, and decide all that calls of its kind share."""
         check_ranks(q, k, v, self.layout)
         if self.layout == "blhd":
@@ -161,6 +167,8 @@ class Attention:
         check_tensors(q, k, v, DTYPES if self.backend == "triton" else (*DTYPES, torch.float64))
         shape = Shape(q.shape[2], k.shape[2], q_offset, total_len)  # type: ignore[arg-type]
         check_limit(self.limit, shape, self.mask)
+        check_heads(self.heads, q.shape[1])
+        check_slots(self.slots, slots, CallSize(q.shape[0], q.shape[1], k.shape[1], q.device), shape)
         number = check_scale(self.scale if scale is None else scale, q.shape[3])
         return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)
 

@@ -5,24 +5,30 @@ Everything else in this package is tested against these few lines.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
+from maskdsl.binding import bind_slots
 from maskdsl.expr import Mask
 from maskdsl.shape import Shape, Site
 
 
 def dense(mask: Mask, shape: Shape, batch: int = 1, heads: int = 1,
-          device: torch.device | str | None = None) -> torch.Tensor:
+          device: torch.device | str | None = None,
+          slots: Mapping[str, object] | None = None) -> torch.Tensor:
     """The mask as bool[batch, heads, q_len, kv_len]; memory grows with q_len * kv_len.
 
-    batch, heads  only masks that ask for them (a `Where`) differ along these dimensions
+    batch, heads  only masks that ask for them (a `Where`, a slot, `PerHead`) differ along these
+    slots         the call-time data of every slot of the mask, by name
     """
     if not shape.q_len or not shape.kv_len:
         return torch.zeros(batch, heads, shape.q_len, shape.kv_len, dtype=torch.bool, device=device)
     p = torch.arange(shape.q_len, device=device).view(1, 1, -1, 1) + shape.q_offset
     k = torch.arange(shape.kv_len, device=device).view(1, 1, 1, -1)
     site = Site.of(shape, torch.arange(batch, device=device).view(-1, 1, 1, 1),
-                   torch.arange(heads, device=device).view(1, -1, 1, 1))
+                   torch.arange(heads, device=device).view(1, -1, 1, 1), heads,
+                   bind_slots(mask, slots or {}, shape))
     live = mask.contains(p, k, site)
     if not isinstance(live, torch.Tensor):
         live = torch.tensor(bool(live), device=device)

@@ -83,6 +83,14 @@ class UnknownSlotError(MaskDSLError, TypeError):
     """Data was given for a slot that the mask does not have."""
 
 
+class MissingSlotError(MaskDSLError, TypeError):
+    """The mask has a slot and the call gave no data for it."""
+
+
+class SlotDataError(MaskDSLError, ValueError):
+    """Call-time data of the wrong kind, shape, dtype or device, or one name for two slots."""
+
+
 class GradientError(MaskDSLError, RuntimeError):
     """An input requires a gradient and this backend has no backward pass."""
 

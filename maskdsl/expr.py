@@ -29,6 +29,12 @@ class Place(Protocol):
     @property
     def total_len(self) -> Any: ...
 
+    def member(self, atom: Any, p: Index, k: Index) -> Bool:
+        """Whether the call-time data of a slot atom lists the pair."""
+
+    def read(self, atom: Any, name: str, p: Index) -> Index:
+        """A number from the call-time data of a slot atom, for every position."""
+
 
 class Mask:
     """A set of (p, k) pairs. Build one from atoms and the operators `|`, `&`, `~`, `-`."""
@@ -84,6 +90,10 @@ class Mask:
         holds a function (`Where`), which has no identity beyond its process."""
         return hashlib.sha256(self.key.encode()).hexdigest()[:16]
 
+    def below(self) -> tuple[Mask, ...]:
+        """The masks directly below this one."""
+        return ()
+
     def limit(self) -> int | None:
         """The longest length (in tokens) this mask is defined for; None when there is no limit."""
         return None
@@ -128,6 +138,9 @@ class Or(Mask):
     def __repr__(self) -> str:
         return " | ".join(map(repr, self.args))
 
+    def below(self) -> tuple[Mask, ...]:
+        return self.args
+
 
 @dataclass(frozen=True, slots=True)
 class And(Mask):
@@ -144,6 +157,9 @@ class And(Mask):
     def __repr__(self) -> str:
         return " & ".join(f"({a!r})" if isinstance(a, Or) else repr(a) for a in self.args)
 
+    def below(self) -> tuple[Mask, ...]:
+        return self.args
+
 
 @dataclass(frozen=True, slots=True)
 class Not(Mask):
@@ -158,6 +174,9 @@ class Not(Mask):
     def __repr__(self) -> str:
         inner = repr(self.operand)
         return f"~({inner})" if isinstance(self.operand, (Or, And)) else f"~{inner}"
+
+    def below(self) -> tuple[Mask, ...]:
+        return (self.operand,)
 
 
 Nary = TypeVar("Nary", Or, And)
@@ -174,9 +193,7 @@ def join(kind: type[Nary], args: tuple[Mask, ...]) -> Mask:
 
 def operands(mask: Mask) -> tuple[Mask, ...]:
     """The masks directly below `mask`."""
-    if isinstance(mask, (Or, And)):
-        return mask.args
-    return (mask.operand,) if isinstance(mask, Not) else ()
+    return mask.below()
 
 
 # --- text ------------------------------------------------------------------------------------
@@ -198,6 +215,8 @@ def _to_data(mask: Mask) -> Any:
     if isinstance(mask, Not):
         return {"Not": _to_data(mask.operand)}
     values = [getattr(mask, f.name) for f in fields(mask)]  # type: ignore[arg-type]
+    if mask.below():  # PerHead, whose one field is its masks
+        return {type(mask).__name__: [{"masks": [_to_data(below) for below in mask.below()]}]}
     for value in values:
         if callable(value):
             raise SerializationError(f"{mask!r}.to_json()", "a Python function has no JSON form",
@@ -224,4 +243,10 @@ def _from_data(data: Any) -> Mask:
         first, second, *more = map(_from_data, value)
         args = (first, second, *more)
         return join(Or, args) if name == "Or" else join(And, args)
-    return ATOMS[name](*(tuple(v) if isinstance(v, list) else v for v in value))
+    return ATOMS[name](*map(_from_value, value))
+
+
+def _from_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple(map(_from_data, value["masks"]))
+    return tuple(value) if isinstance(value, list) else value

@@ -18,7 +18,6 @@ from maskdsl.errors import (
     RankError,
     ScaleError,
     ShapeError,
-    UnknownSlotError,
 )
 from maskdsl.shape import Shape
 
@@ -120,15 +119,11 @@ def check_limit(limit: int | None, shape: Shape, mask: object) -> None:
                           f"at most {MAX_LENGTH} tokens")
 
 
-def check_slots(given: dict[str, object], known: tuple[str, ...]) -> None:
-    """Every piece of call-time data has a slot in the mask."""
-    for name in given:
-        if name not in known:
-            has = f"its slots are {', '.join(known)}" if known else "it has no slots"
-            raise UnknownSlotError(f"attn(q, k, v, {name}=...)",
-                                   f"the mask has no slot named {name!r}; {has}",
-                                   "only q, k, v, scale, q_offset, total_len, return_lse"
-                                   + "".join(f", {n}" for n in known))
+def check_heads(wanted: int | None, heads: int) -> None:
+    """The call has as many query heads as `PerHead` lists."""
+    if wanted is not None and wanted != heads:
+        raise HeadCountError(f"q with {heads} heads", f"PerHead lists masks for {wanted}",
+                             f"{wanted} query heads, or a list of {heads} masks")
 
 
 def check_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

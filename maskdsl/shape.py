@@ -8,10 +8,11 @@ square call has q_offset 0 and a decoding step sees the whole cache.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from maskdsl.errors import ShapeError
+from maskdsl.errors import MissingSlotError, ShapeError
 
 
 def check_length(name: str, value: object, least: int | None = 0) -> int:
@@ -62,15 +63,37 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where a mask is evaluated: the lengths of a call, and a batch and head (ints or arrays)."""
+    """Where a mask is evaluated: the lengths of a call, and a batch and head (ints or arrays).
+
+    heads  query heads of the call
+    bound  the call-time data of every slot, as `maskdsl.binding` gives it
+    """
 
     q_len: Any
     kv_len: Any
     total_len: Any
     batch: Any = 0
     head: Any = 0
+    heads: int = 1
+    bound: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, shape: Shape, batch: Any = 0, head: Any = 0) -> Site:
+    def of(cls, shape: Shape, batch: Any = 0, head: Any = 0, heads: int = 1,
+           bound: Mapping[str, Any] | None = None) -> Site:
         """The site of one batch and head (or arrays of them) of a call."""
-        return cls(shape.q_len, shape.kv_len, shape.total_len, batch, head)
+        return cls(shape.q_len, shape.kv_len, shape.total_len, batch, head, heads, bound or {})
+
+    def _of_slot(self, atom: Any) -> Any:
+        if atom.slot not in self.bound:
+            raise MissingSlotError(f"{atom!r} without its data", "which pairs it holds is known "
+                                   "at the call only", f"slots={{{atom.slot!r}: "
+                                   f"{atom.data.__name__}(...)}}")
+        return self.bound[atom.slot]
+
+    def member(self, atom: Any, p: Any, k: Any) -> Any:
+        """Whether a slot's data lists the pair."""
+        return self._of_slot(atom).member(p, k, self.batch, self.head, self.heads)
+
+    def read(self, atom: Any, name: str, p: Any) -> Any:
+        """A number from a slot's data, for every position."""
+        return self._of_slot(atom).read(name, p, self.batch)

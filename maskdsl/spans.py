@@ -26,7 +26,9 @@ from maskdsl.trace import (
     Any_,
     Condition,
     Ge,
+    Has,
     K,
+    Lookup,
     P,
     conjoin,
     disjoin,
@@ -139,7 +141,10 @@ def is_monotone(f: sympy.Expr) -> bool:
         scale, rest = term.as_coeff_Mul()
         if not scale.is_Integer or scale < 0:
             return False
-        if rest != P and not (rest.func == sympy.floor and _is_line(rest.args[0])):
+        if rest.func == Lookup:
+            if rest.args[1] != P:
+                return False
+        elif rest != P and not (rest.func == sympy.floor and _is_line(rest.args[0])):
             return False
     return not f.has(K, sympy.Mod)
 
@@ -191,7 +196,7 @@ def _solve_rows(e: sympy.Expr) -> Piece | None:
     """A comparison without k: p >= a, or p < b, with a and b free of p."""
     slope = e.coeff(P, 1)
     rest = sympy.expand(e - slope * P)
-    if slope not in (1, -1) or rest.has(P, sympy.Mod, sympy.floor):
+    if slope not in (1, -1) or rest.has(P, sympy.Mod, sympy.floor, Lookup):
         return None
     return Piece(first=(-rest,)) if slope == 1 else Piece(last=(rest + 1,))
 
@@ -206,6 +211,8 @@ def split_condition(condition: Condition, origin: tuple[str, ...]) -> tuple[Piec
         if piece is None:
             piece = Piece(rest=condition)
         return () if _is_void(piece) else (_named(piece, origin),)
+    if isinstance(condition, Has):
+        return (Piece(rest=condition, origin=origin),)
     parts = [split_condition(arg, origin) for arg in condition.args]
     if isinstance(condition, Any_):
         return unite_pieces(parts, origin)

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import sympy
 
-from maskdsl.trace import FALSE, TRUE, All, Condition, Ge
+from maskdsl.trace import FALSE, TRUE, All, Condition, Ge, Has, Lookup
 
 NUMPY_NAMES: dict[str, Any] = {
     "tl": SimpleNamespace(maximum=np.maximum, minimum=np.minimum, where=np.where,
                           cdiv=lambda a, b: -(-a // b)),
     "floor_div": lambda a, b: a // b,
     "modulo": lambda a, b: a % b,
+    "lookup": lambda table, p, length: table[np.clip(p, -1, length) + 1],
 }
 
 
@@ -50,6 +51,10 @@ def write_integer(e: sympy.Expr, names: dict[sympy.Expr, str] | None = None) -> 
     if e.func == sympy.floor:
         over, under = sympy.fraction(sympy.together(e.args[0]))
         return _write_division("//", "floor_div", over, under, names)
+    if e.func == Lookup:
+        name, place = e.args
+        slot = str(name).rsplit("_", 1)[0]
+        return f"lookup({name}, {write_integer(place, names)}, {slot}_tokens)"
     if e.func == sympy.Mod:
         over, under = e.args
         return _write_division("%", "modulo", over, under, names)
@@ -103,5 +108,7 @@ def write_condition(c: Condition, names: dict[sympy.Expr, str] | None = None) ->
         raise UnprintableError("a constant condition has no text")
     if isinstance(c, Ge):
         return compare_text(c.value, names)
+    if isinstance(c, Has):
+        return f"in_{c.atom.slot}" if c.held else f"~in_{c.atom.slot}"
     sign = " & " if isinstance(c, All) else " | "
     return sign.join(f"({write_condition(arg, names)})" for arg in c.args)

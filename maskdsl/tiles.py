@@ -6,12 +6,14 @@ All of it from the spans, so the cost grows with the rows, never with rows times
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import sympy
 
+from maskdsl.dynamic import Document, Prefix, SlotMask, slots_of
 from maskdsl.expr import Mask
 from maskdsl.shape import Shape
 from maskdsl.spans import Piece, spans
@@ -47,15 +49,41 @@ def _smallest(terms: tuple[sympy.Expr, ...], values: dict[str, Any], default: In
     return result
 
 
-def names_of(shape: Shape, batch: int = 0, head: int = 0) -> dict[str, Any]:
-    """The lengths of a call under the names the emitted text uses."""
-    return {"q_len": shape.q_len, "kv_len": shape.kv_len, "total_len": shape.total_len,
-            "batch": batch, "head": head}
+def names_of(shape: Shape, batch: int = 0, head: int = 0, mask: Mask | None = None,
+             bound: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The lengths of a call, and the data of the mask's slots, under the names the text uses.
+
+    Without data (`bound` None) all tokens are one document, prefixes and lists are empty.
+    """
+    names: dict[str, Any] = {"q_len": shape.q_len, "kv_len": shape.kv_len,
+                             "total_len": shape.total_len, "batch": batch, "head": head}
+    for atom in slots_of(mask) if mask is not None else ():
+        names |= _slot_names(atom, shape, batch, None if bound is None else bound[atom.slot].data)
+    return names
 
 
-def row_intervals(piece: Piece, p: Ints, shape: Shape, head: int = 0) -> tuple[Ints, Ints]:
+def _slot_names(atom: SlotMask, shape: Shape, batch: int, data: Any) -> dict[str, Any]:
+    name = f"slot_{atom.slot}"
+    if isinstance(atom, Prefix):
+        length = 0 if data is None else int(data.lengths[batch if data.lead[0] > 1 else 0])
+        return {f"{name}_length": length}
+    if not isinstance(atom, Document):
+        return {f"in_{atom.slot}": np.False_}
+    if data is None:
+        start = np.zeros(shape.kv_len + 2, dtype=np.int64)
+        stop = np.full(shape.kv_len + 2, shape.kv_len)
+        start[-1], stop[0] = shape.kv_len, 0
+        return {f"{name}_start": start, f"{name}_stop": stop, f"{name}_tokens": shape.kv_len}
+    b = batch if data.lead[0] > 1 else 0
+    return {f"{name}_start": data.start[b].cpu().numpy().astype(np.int64),
+            f"{name}_stop": data.stop[b].cpu().numpy().astype(np.int64),
+            f"{name}_tokens": data.length}
+
+
+def row_intervals(piece: Piece, p: Ints, shape: Shape, head: int = 0,
+                  names: dict[str, Any] | None = None) -> tuple[Ints, Ints]:
     """[lo, hi) of the piece for every absolute position in `p`, int64[len(p)]; void: hi = lo."""
-    values = {**names_of(shape, head=head), "p": p}
+    values = {**(names or names_of(shape, head=head)), "p": p}
     lo = _largest(piece.lo, values, np.zeros_like(p))
     hi = _smallest(piece.hi, values, np.full_like(p, shape.kv_len))
     first = _largest(piece.first, values, np.full_like(p, np.iinfo(np.int64).min))
@@ -69,11 +97,12 @@ def live_rows(mask: Mask, p: Ints, k: Ints, shape: Shape, head: int = 0) -> npt.
     live = np.zeros((len(p), len(k)), dtype=bool)
     if not live.size:
         return live
+    names = names_of(shape, 0, head, mask)
     for piece in spans(mask):
-        lo, hi = row_intervals(piece, p, shape, head)
+        lo, hi = row_intervals(piece, p, shape, head, names)
         inside = (k >= lo[:, None]) & (k < hi[:, None])
         if not piece.is_exact:
-            values = {**names_of(shape, head=head), "p": p[:, None], "k": k[None, :]}
+            values = {**names, "p": p[:, None], "k": k[None, :]}
             inside = inside & evaluate(write_condition(piece.rest), **values)
         live |= inside
     return live
@@ -103,7 +132,8 @@ def count_rows(mask: Mask, p: Ints, shape: Shape, head: int = 0) -> Ints:
         return _count_tested(mask, p, shape, head)
     if not pieces:
         return np.zeros_like(p)
-    bounds = [row_intervals(piece, p, shape, head) for piece in pieces]
+    names = names_of(shape, 0, head, mask)
+    bounds = [row_intervals(piece, p, shape, head, names) for piece in pieces]
     # Sorting starts and ends apart keeps how many intervals cover each key, hence their union.
     lo = np.sort(np.stack([b[0] for b in bounds]), axis=0)
     hi = np.sort(np.stack([b[1] for b in bounds]), axis=0)

@@ -28,11 +28,26 @@ BATCH, HEAD, Q_LEN, KV_LEN, TOTAL_LEN = sympy.symbols(
 MAX_CONSTANT = 1 << 30
 
 
+class Lookup(sympy.Function):  # type: ignore[misc]
+    """A number read from call-time data at a position, never falling as the position grows."""
+
+    is_integer = True
+    is_nonnegative = True
+
+
 @dataclass(frozen=True, slots=True)
 class Ge:
     """The condition `value >= 0`."""
 
     value: sympy.Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Has:
+    """The condition that the data of a slot lists the pair; `held` False: that it does not."""
+
+    atom: Any
+    held: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +64,7 @@ class Any_:
     args: tuple[Condition, ...]
 
 
-Condition: TypeAlias = Ge | All | Any_
+Condition: TypeAlias = Ge | Has | All | Any_
 TRUE, FALSE = All(()), Any_(())
 
 
@@ -79,6 +94,8 @@ def negate(condition: Condition) -> Condition:
     """The opposite condition: De Morgan down to the leaves."""
     if isinstance(condition, Ge):
         return at_least_zero(-condition.value - 1)
+    if isinstance(condition, Has):
+        return Has(condition.atom, not condition.held)
     parts = [negate(arg) for arg in condition.args]
     return disjoin(*parts) if isinstance(condition, All) else conjoin(*parts)
 
@@ -280,6 +297,15 @@ class SymbolicPlace:
     total_len: TracedInt
     batch: TracedInt
     head: TracedInt
+
+    def member(self, atom: Any, p: Any, k: Any) -> TracedBool:
+        """Only the data can tell: a leaf of the condition."""
+        return TracedBool(Has(atom))
+
+    def read(self, atom: Any, name: str, p: TracedInt) -> TracedInt:
+        """A prefix has one length; a document's ends never fall as p grows."""
+        symbol = sympy.Symbol(f"slot_{atom.slot}_{name}", integer=True, nonnegative=True)
+        return TracedInt(symbol if name == "length" else Lookup(symbol, p.value))
 
 
 PLACE = SymbolicPlace(*map(TracedInt, (Q_LEN, KV_LEN, TOTAL_LEN, BATCH, HEAD)))
