@@ -10,10 +10,12 @@ from importlib.resources import files
 from typing import Any
 
 from maskdsl.codegen.emit_lists import (
+    LANES,
     TILE_SETUP,
     atom_setup,
     column_segments,
     cores_text,
+    folds_fresh,
     member_lines,
     names_text,
     parameters_text,
@@ -127,11 +129,23 @@ def tile_order_text(plans: tuple[Plan, ...], heads: tuple[int, ...]) -> str:
     last_first = plans[0].last_first
     if heads:
         return class_order_text(plans, heads)
+    if plans[0].lists.listed:
+        return indent(LISTED_ORDER)
     which = "last" if last_first else "first"
     tile = "tl.cdiv(q_len, BLOCK_M) - 1 - program // batch_heads" if last_first else \
         "program // batch_heads"
     return indent((f"# the {which} query tiles see most keys: they start first", f"q_tile = {tile}",
                    "batch = program % batch_heads // heads", "head = program % heads"))
+
+
+LISTED_ORDER = (
+    "# one key/value head after the other, so that its keys stay in the L2 cache while all query",
+    "# tiles pick from them; heavy query tiles first",
+    "tiles = tl.cdiv(q_len, BLOCK_M)",
+    "q_tile = tiles - 1 - program // group % tiles",
+    "head = program // group // tiles % (heads // group) * group + program % group",
+    "batch = program // group // tiles // (heads // group)",
+)
 
 
 def class_order_text(plans: tuple[Plan, ...], heads: tuple[int, ...]) -> str:
@@ -173,9 +187,10 @@ def walk_text(plans: tuple[Plan, ...], heads: tuple[int, ...]) -> str:
 
 def plan_text(plan: Plan) -> str:
     """One plan's bounds, row bounds and loops."""
-    columns = f"\n{column_loop_text(plan)}" if plan.lists.columns else ""
-    return (f"{indent(plan.bounds)}{indent(plan.rows)}\n{full_loop_text(plan)}\n"
-            f"{masked_loop_text(plan)}{columns}")
+    listed = f"\n{listed_loops_text(plan)}" if plan.lists.listed else ""
+    lanes = indent(LANES) if plan.lists.listed else ""
+    return (f"{indent(plan.bounds)}{indent(plan.rows)}{lanes}\n{full_loop_text(plan)}\n"
+            f"{masked_loop_text(plan)}{listed}")
 
 
 def virtual_lines(name: str, segments: tuple[Segment, ...],
@@ -202,77 +217,90 @@ def virtual_lines(name: str, segments: tuple[Segment, ...],
 def loop_names(plan: Plan, masked: bool) -> str:
     """The sub-expressions a loop serves, for its comment."""
     names = [" & ".join(p.origin) for p in plan.pieces if masked or p.fills(plan.block_n)]
-    if masked:
-        names += [repr(atom) for atom in (*plan.lists.tables, *plan.lists.slashes)]
-    elif plan.lists.cores:
-        names += [repr(atom) for atom in plan.lists.tables]
     return " | ".join(dict.fromkeys(n for n in names if n)) or repr(plan.mask)
 
 
 def full_loop_text(plan: Plan) -> str:
     """The loop over tiles that are live throughout: no mask in it."""
-    listed = bool(plan.lists.cores)
-    if not plan.full and not listed:
+    if not plan.full:
         return indent(("# no key tile can be live throughout: there is no FULL loop",))
-    setup, tile = virtual_lines("full", plan.full) if plan.full else ([], "i")
-    count = f"full_count{len(plan.full) - 1}" if plan.full else "0"
-    start = [f"start = ({tile}) * BLOCK_N"]
-    if listed:
-        setup.append(f"full_static = {count}")
-        count = "full_static + full_listed"
-        start += ["listed = tl.load(union_tile_list + (i - full_static), mask=i >= full_static, "
-                  "other=0)", "start = tl.where(i < full_static, start, listed * BLOCK_N)"]
+    setup, tile = virtual_lines("full", plan.full)
     before = indent((f"# FULL tiles of {loop_names(plan, False)}", *setup,
-                     f"for i in tl.range(0, {count}, num_stages=STAGES):"))
-    return before + indent((*start, *LOADS, *FULL_STEP), 2)
+                     f"for i in tl.range(0, full_count{len(plan.full) - 1}, num_stages=STAGES):"))
+    return before + indent((f"start = ({tile}) * BLOCK_N", *LOADS, *FULL_STEP), 2)
 
 
 def masked_loop_text(plan: Plan) -> str:
     """The loop over tiles that are live in part."""
-    lists = plan.lists
-    if not plan.masked and not lists.tables and not lists.slashes:
-        return indent(("# the mask is empty: there is no MASKED loop",)) if not lists.columns else \
-            indent(("# only loose columns: there is no MASKED loop",))
-    setup, tile = virtual_lines("masked", plan.masked) if plan.masked else ([], "i")
-    count = f"masked_count{len(plan.masked) - 1}" if plan.masked else "0"
-    more, start, count = listed_starts(plan, count)
+    if not plan.masked:
+        return indent(("# no key tile is known before the call: there is no MASKED loop",)) if \
+            plan.lists.listed else indent(("# the mask is empty: there is no MASKED loop",))
+    setup, tile = virtual_lines("masked", plan.masked)
     sieve = plan.sieve
-    before = indent((f"# MASKED tiles of {loop_names(plan, True)}", *setup, *more,
+    before = indent((f"# MASKED tiles of {loop_names(plan, True)}", *setup,
                      *(sieve.setup if sieve else ()),
-                     f"for i in tl.range(0, {count}, num_stages=STAGES):"))
-    fresh = ([f"fresh = (i < slash_base) | ({' & '.join(unvisited(plan, False))})",
-              "live = live & fresh"] if lists.slashes else [])
-    step = (*LOADS, "k = start + tl.arange(0, BLOCK_N)[None, :]", *member_lines(plan, False),
-            f"live = {plan.tests[0]}", *(f"live = live | {test}" for test in plan.tests[1:]),
-            *fresh, *MASKED_STEP)
+                     f"for i in tl.range(0, masked_count{len(plan.masked) - 1}, "
+                     "num_stages=STAGES):"))
+    members = member_lines(plan, "static")
+    step = (*LOADS, KEYS, *members, *live_lines(plan.tests), *MASKED_STEP)
     if sieve is None:
-        return before + indent((f"start = ({tile}) * BLOCK_N", *start, *step), 2)
+        return before + indent((f"start = ({tile}) * BLOCK_N", *step), 2)
     head = indent((f"tile = {tile}", "start = tile * BLOCK_N",
                    "stop = tl.minimum(start + BLOCK_N, kv_len) - 1  # the tile's last key",
                    *sieve.lines, f"if {sieve.test}:"), 2)
     return before + head + indent(step, 3)
 
 
-def listed_starts(plan: Plan, count: str) -> tuple[list[str], list[str], str]:
-    """Lines before the masked loop, lines that set `start` in it, and how often it runs."""
-    before, start = [], []
-    if plan.lists.tables:
-        before.append(f"masked_static = {count}")
-        start += ["listed = tl.load(union_tile_list + (union_tile_capacity - 1 - "
-                  "(i - masked_static)),",
-                  "                 mask=(i >= masked_static) & (i < masked_static + part_listed), "
-                  "other=0)",
-                  "start = tl.where(i < masked_static, start, listed * BLOCK_N)"]
-        count = "masked_static + part_listed"
-    if plan.lists.slashes:
-        lines, segments = slash_segments(plan)
-        virtual, place = virtual_lines("slash", segments, "j")
-        before += [*lines, *virtual, f"slash_base = {count}"]
-        start += ["j = i - slash_base",
-                  f"distance = tl.load(union_slash_list + ({place}), mask=j >= 0, other=0)",
-                  "start = tl.where(j < 0, start, p_first - distance)"]
-        count = f"slash_base + slash_count{len(segments) - 1}"
-    return before, start, count
+def live_lines(tests: tuple[str, ...]) -> tuple[str, ...]:
+    """Lines that set `live`: one test after the other."""
+    return (f"live = {tests[0]}", *(f"live = live | {test}" for test in tests[1:]))
+
+
+def listed_loops_text(plan: Plan) -> str:
+    """The loops over tiles and columns that call-time data lists. Each entry of a list is read one
+    step ahead, so that no load waits for it."""
+    lists = plan.lists
+    # Columns first: after the others' loops ptxas gave up keeping tensor core products in flight.
+    parts = [column_loop_text(plan)] if lists.columns else []
+    if lists.tables:
+        if lists.cores:
+            parts.append(tile_loop_text(plan, True))
+        parts.append(tile_loop_text(plan, False))
+    if lists.slashes:
+        parts.append(slash_loop_text(plan))
+    return "\n".join(parts)
+
+
+def tile_loop_text(plan: Plan, full: bool) -> str:
+    """The loop over one query tile's list of key tiles, FULL ones or those live in part."""
+    names = " | ".join(map(repr, plan.lists.tables))
+    count = "full_listed" if full else "part_listed"
+    at = ("0", "i + 1") if full else ("union_tile_capacity - 1", "union_tile_capacity - 2 - i")
+    before = (f"# {'FULL' if full else 'MASKED'} tiles listed in {names}",
+              f"listed = tl.load(union_tile_list + {at[0]}, mask={count} > 0, other=0)",
+              f"for i in tl.range(0, {count}, num_stages=STAGES):")
+    head = ("start = listed * BLOCK_N", f"listed = tl.load(union_tile_list + {at[1]}, "
+            f"mask=i + 1 < {count}, other=0)", *LOADS)
+    step = FULL_STEP if full else (KEYS, *member_lines(plan, "listed"),
+                                   *live_lines(plan.listed_tests), *MASKED_STEP)
+    return indent(before) + indent((*head, *step), 2)
+
+
+def slash_loop_text(plan: Plan) -> str:
+    """The loop over tiles at the listed distances from the query tile."""
+    lines, segments = slash_segments(plan)
+    virtual, place = virtual_lines("slash", segments, "n")
+    names = " | ".join(map(repr, plan.lists.slashes))
+    total = f"slash_count{len(segments) - 1}"
+    fresh = () if folds_fresh(plan) else (f"live = live & {' & '.join(unvisited(plan, False))}",)
+    before = (f"# MASKED tiles at distances of {names}", *lines, *virtual, "n = 0",
+              f"distance = tl.load(union_slash_list + ({place}), mask={total} > 0, other=0)",
+              f"for i in tl.range(0, {total}, num_stages=STAGES):")
+    step = ("start = p_first - distance", "n = i + 1",
+            f"distance = tl.load(union_slash_list + ({place}), mask=n < {total}, other=0)",
+            *LOADS, KEYS, *member_lines(plan, "slash"), *live_lines(plan.listed_tests), *fresh,
+            *MASKED_STEP)
+    return indent(before) + indent(step, 2)
 
 
 def column_loop_text(plan: Plan) -> str:
@@ -281,19 +309,19 @@ def column_loop_text(plan: Plan) -> str:
     virtual, place = virtual_lines("column", segments, "j")
     total = f"column_count{len(segments) - 1}"
     names = " | ".join(map(repr, plan.lists.columns))
-    before = indent((f"# COLUMNS of {names}", *lines, *virtual,
-                     f"for i in tl.range(0, tl.cdiv({total}, BLOCK_N), num_stages=STAGES):"))
+    before = (f"# COLUMNS of {names}", *lines, *virtual,
+              f"for i in tl.range(0, tl.cdiv({total}, BLOCK_N), num_stages=STAGES):")
     fresh = unvisited(plan, True)
     step = ("j = i * BLOCK_N + tl.arange(0, BLOCK_N)",
             f"column = tl.load(union_column_list + ({place}), mask=j < {total}, other=kv_len)",
             "keys = load_rows(key_rows, k_stride_l, column, kv_len, HEAD_DIM, QK_BLOCK, ALIGN)",
             "values = load_rows(value_rows, v_stride_l, column, kv_len, VALUE_DIM, V_BLOCK, ALIGN)",
-            "k = column[None, :]", *member_lines(plan, True), f"live = {plan.tests[0]}",
-            *(f"live = live | {test}" for test in plan.tests[1:]),
+            "k = column[None, :]", *member_lines(plan, "columns"), *live_lines(plan.listed_tests),
             *([f"live = live & {' & '.join(fresh)}"] if fresh else []), *MASKED_STEP)
-    return before + indent(step, 2)
+    return indent(before) + indent(step, 2)
 
 
+KEYS = "k = start + tl.arange(0, BLOCK_N)[None, :]"
 LOADS = (
     "keys = load_tile(k_base, k_stride_l, batch, kv_head, start, kv_len, HEAD_DIM,",
     "                 BLOCK_N, QK_BLOCK, ALIGN, USE_TMA)",

@@ -170,7 +170,7 @@ def list_parameters(lists: Lists) -> list[Parameter]:
     if lists.tables:
         found += _named("tile", "list counts bits", "capacity words batch share")
     if lists.slashes:
-        found += _named("slash", "list marks before", "capacity words batch share")
+        found += _named("slash", "list marks before covered", "capacity words batch share")
     if lists.columns:
         found += _named("column", "list marks before", "capacity words batch share")
         found += [Parameter("key_rows", True), Parameter("value_rows", True)]

@@ -50,6 +50,8 @@ class Plan:
     full, masked  the segments of the two loops, in key tiles
     rows, tests   text of the mask of one tile: row bounds, then conditions on p and k, any of
                   which makes a pair live
+    listed_tests  those of the tests that ask call-time lists
+    only_adds     whether lists only add pairs, and take none away
     sieve         dead-tile test of the masked loop, where one pays
     last_first    whether the last query tiles are the heaviest and start first
     lists         what call-time data adds to the two loops
@@ -64,6 +66,8 @@ class Plan:
     masked: tuple[Segment, ...]
     rows: tuple[str, ...]
     tests: tuple[str, ...]
+    listed_tests: tuple[str, ...]
+    only_adds: bool
     sieve: Sieve | None
     last_first: bool
     needs_head: bool

@@ -14,7 +14,7 @@ from maskdsl.codegen.bounds import bound_pieces
 from maskdsl.codegen.lists import asks_head, base_of, bound_lists, sort_atoms
 from maskdsl.codegen.plan import Plan, Sieve
 from maskdsl.codegen.sieve import write_sieve
-from maskdsl.codegen.writer import write_mask
+from maskdsl.codegen.writer import leaves_of, write_mask
 from maskdsl.dynamic import ListMask, slots_of
 from maskdsl.expr import Mask
 from maskdsl.settings import debug
@@ -38,9 +38,10 @@ def make_plan(mask: Mask, block_m: int, block_n: int) -> Plan:
     else:
         bounds = bound_pieces(pieces, block_n)
     live = spans(mask)
-    rows, tests = write_mask(live)
+    rows, tests, listed_tests = write_mask(live)
+    only_adds = all(leaf.held for piece in live for leaf in leaves_of(piece.rest))
     plan = Plan(mask, block_m, block_n, pieces, tuple(bounds.lines.text), bounds.full,
-                bounds.masked, rows, tests, None, is_last_heaviest(mask),
+                bounds.masked, rows, tests, listed_tests, only_adds, None, is_last_heaviest(mask),
                 any(map(asks_head, (*pieces, *live))), lists)
     if not lists.listed:  # a listed tile may lie where the static mask is dead
         plan = choose_sieve(plan, write_sieve(pieces, bounds.ranges))

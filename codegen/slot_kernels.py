@@ -36,8 +36,9 @@ def highest_bit(word):
 
 @triton.jit
 def set_bits(index, row, words, count, rows, limit, row_words, HAS_ROW: tl.constexpr,
-             BLOCK: tl.constexpr):
-    """Set bit `index` of each list's set; with rows, of set `row` among the list's `rows` sets.
+             BACKWARDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Set bit `index` of each list's set; with rows, of set `row` among the list's `rows` sets;
+    backwards, bit limit - 1 - index.
 
     index, row  int32 or int64 [lists, count]; entries outside [0, limit) or [0, rows) are dropped
     words       int32 [lists, rows, row_words], zero before
@@ -51,7 +52,7 @@ def set_bits(index, row, words, count, rows, limit, row_words, HAS_ROW: tl.const
         m = tl.load(row + this * count + i, mask=i < count, other=-1)
         inside = inside & (m >= 0) & (m < rows)
         at += m
-    bit = tl.where(inside, x, 0).to(tl.int32)
+    bit = tl.where(inside, limit - 1 - x if BACKWARDS else x, 0).to(tl.int32)
     one = tl.full([BLOCK], 1, tl.int32)
     tl.atomic_or(words + (at * row_words + (bit >> 5)), one << (bit & 31), mask=inside)
 
@@ -109,8 +110,8 @@ def list_bits(words, before, out, row_words, capacity, shift, BLOCK: tl.constexp
 
 
 @triton.jit
-def cover_slashes(slashes, last, marks, slash_words, mark_words, reach, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr):
+def cover_slashes(slashes, last, marks, covered, slash_words, mark_words, reach,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Choose the tiles that cover all slashes of one head, farthest first, as few as can be.
 
     For the rows p_first.. of any query tile a slash s lies on keys p_first - s .. p_last - s, that
@@ -118,12 +119,15 @@ def cover_slashes(slashes, last, marks, slash_words, mark_words, reach, BLOCK_M:
     serves them all. Tile d holds the keys [p_first - d, p_first - d + BLOCK_N). Starting at the
     farthest distance that is not covered, the next tile begins right there.
 
-    marks  int32 [lists, mark_words], zero before: bit d + BLOCK_M - 1 for every tile d
+    marks    int32 [lists, mark_words], zero before: bit d + BLOCK_M - 1 for every tile d
+    covered  likewise: bit o + BLOCK_M + BLOCK_N for every distance o that lies in a tile
     """
     this = tl.program_id(0).to(tl.int64)
     slashes += this * slash_words
     last += this * slash_words
     marks += this * mark_words
+    covered += this * mark_words
+    one = tl.full([], 1, tl.int64)
     far = reach - 1
     while far > -BLOCK_M:
         top = far + BLOCK_M - 1
@@ -135,6 +139,14 @@ def cover_slashes(slashes, last, marks, slash_words, mark_words, reach, BLOCK_M:
             place = found + BLOCK_M - 1
             old = tl.load(marks + (place >> 5))
             tl.store(marks + (place >> 5), old | (1 << (place & 31)))
+            low = found + BLOCK_M + 1  # the tile's lowest distance as a bit of `covered`
+            for part in tl.static_range((BLOCK_N + 31) // 32 + 1):
+                start = tl.maximum(low - ((low >> 5) + part) * 32, 0)
+                stop = tl.minimum(low + BLOCK_N - ((low >> 5) + part) * 32, 32)
+                bits = ((one << stop.to(tl.int64)) - 1) & ~((one << start.to(tl.int64)) - 1)
+                old = tl.load(covered + (low >> 5) + part)
+                new = old | tl.where(stop > start, bits, 0).to(tl.int32)
+                tl.store(covered + (low >> 5) + part, new)
             far = found - BLOCK_N
         else:
             far = far * 0 - BLOCK_M

@@ -61,9 +61,9 @@ def words_for(bits: int) -> int:
 
 
 def make_bits(index: Tensor, limit: int, row: Tensor | None = None, rows: int = 1,
-              room: int = 0) -> Tensor:
+              room: int = 0, backwards: bool = False) -> Tensor:
     """Sets of the numbers in each list, int32 [lists..., rows, words]; those outside [0, limit) are
-    dropped. `room` more bits are left empty behind."""
+    dropped. `room` more bits are left empty behind; backwards, x is bit limit - 1 - x."""
     lead, count = index.shape[:-1], index.shape[-1]
     index = index.contiguous()
     row = index if row is None else row.contiguous()
@@ -73,7 +73,8 @@ def make_bits(index: Tensor, limit: int, row: Tensor | None = None, rows: int = 
     if lists and count:
         block = min(1024, triton.next_power_of_2(count))
         kernels.set_bits[(lists, triton.cdiv(count, block))](
-            index, row, words, count, rows, limit, words.shape[-1], row is not index, block)
+            index, row, words, count, rows, limit, words.shape[-1], row is not index, backwards,
+            block)
     return words
 
 
@@ -170,6 +171,7 @@ class Tables:
             reach = max(0, shape.q_offset + shape.q_len)
             words = make_bits(data.slash, reach, room=self.call.tile[0])[..., 0, :]
             self.slashes.append(BitSet(words, reach))
+            words = make_bits(data.slash, reach, backwards=True)[..., 0, :]
             arguments |= {f"{name}_slashes": words, f"{name}_slash_words": words.shape[-1]}
         self._lead(name, data.lead)
 
@@ -200,10 +202,12 @@ class Tables:
         words = self._unite(self.slashes)
         reach = self.slashes[0].most
         _, last = rank(words, with_last=True)
-        marks = torch.zeros(*words.shape[:-1], words_for(reach + block_m), dtype=torch.int32,
-                            device=words.device)
+        size = words_for(reach + block_m + block_n + 32)
+        marks, covered = torch.zeros(2, *words.shape[:-1], size, dtype=torch.int32,
+                                     device=words.device)
+        self.arguments["union_slash_covered"] = covered
         sets = words.numel() // words.shape[-1]
-        kernels.cover_slashes[(sets,)](words, last, marks, words.shape[-1], marks.shape[-1], reach,
+        kernels.cover_slashes[(sets,)](words, last, marks, covered, words.shape[-1], marks.shape[-1], reach,
                                        block_m, block_n, num_warps=1)
         self._add_list("slash", marks, -(-(reach + block_m) // block_n) + 1, block_m - 1)
 

@@ -6,6 +6,8 @@ a bound. Prefixes share one bound: [0, a) | [0, b)  -->  k < max(a, b).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import sympy
 
 from maskdsl.codegen.bounds import Lines
@@ -14,15 +16,28 @@ from maskdsl.text import write_condition, write_integer
 from maskdsl.trace import Condition, Ge, Has, K, P
 
 
-def write_mask(pieces: tuple[Piece, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Pieces -> (row bound lines, tests); a pair is live when one test of bool[BLOCK_M, BLOCK_N]
-    holds."""
+def write_mask(pieces: tuple[Piece, ...]) -> tuple[tuple[str, ...], tuple[str, ...],
+                                                   tuple[str, ...]]:
+    """Pieces -> (row bound lines, tests, those that ask call-time lists); a pair is live when one
+    test of bool[BLOCK_M, BLOCK_N] holds."""
     lines = Lines()
     prefixes = [p for p in pieces if p.lo == (ZERO,) and p.is_exact]
     tests = [f"(k < {_prefix_bound(lines, prefixes)})"] if prefixes else []
+    listed = []
     for i, piece in enumerate(p for p in pieces if p not in prefixes):
         tests.append(_interval_test(lines, i, piece))
-    return tuple(lines.text), tuple(tests) or ("(k < 0)",)
+        if list(leaves_of(piece.rest)):
+            listed.append(tests[-1])
+    return tuple(lines.text), tuple(tests) or ("(k < 0)",), tuple(listed) or ("(k < 0)",)
+
+
+def leaves_of(condition: Condition) -> Iterator[Has]:
+    """The leaves of a condition that ask call-time lists."""
+    if isinstance(condition, Has):
+        yield condition
+    elif not isinstance(condition, Ge):
+        for arg in condition.args:
+            yield from leaves_of(arg)
 
 
 def _upper(piece: Piece) -> str:

@@ -23,6 +23,7 @@ from maskdsl.errors import (
 )
 from maskdsl.indices import VSIndices
 from maskdsl.inputs import DTYPES, check_scale
+from maskdsl.patterns.fused import fused_scores
 
 MIN_VERTICAL, MIN_SLASH = 30, 50  # MInference's code raises smaller sizes to these
 CHUNK = 1 << 24  # numbers of one temporary in the chunked path: 64 MiB of float32
@@ -80,10 +81,7 @@ def vertical_slash_scores(q: torch.Tensor, k: torch.Tensor, last: int = 64,
     check_sizes("vertical_slash_scores", least=1, last=last)
     rows = q[:, :, -min(last, q.shape[2]):]
     factor = check_scale(scale, q.shape[3])
-    if q.is_cuda:
-        from maskdsl.patterns.fused import fused_scores
-        return fused_scores(rows, k, factor)
-    return chunked_scores(rows, k, factor)
+    return (fused_scores if q.is_cuda else chunked_scores)(rows, k, factor)
 
 
 def select_top(scores: torch.Tensor, size: int, forced: int = 0) -> torch.Tensor:

@@ -4,7 +4,8 @@ Block row i holds query rows [i * block, (i + 1) * block) of the call, block col
 [j * block, (j + 1) * block). Where the call starts at a multiple of `block` the diagonal is one
 block a row; elsewhere it is the two blocks that the positions of the row fall into.
 
-The results have one number a pair of blocks and head; temporaries beyond that are bounded.
+Results, and a few temporaries, hold one number for each head and pair of blocks; what is larger
+than that is worked on in pieces of bounded size.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ from maskdsl.patterns.estimate import (
     check_share,
     check_sizes,
     vertical_slash_scores,
+)
+from maskdsl.patterns.fused import (
+    TWO,
+    can_fuse_antidiagonal,
+    fused_antidiagonal,
+    fused_prefix_cut,
 )
 
 Tensor = torch.Tensor
@@ -96,7 +103,9 @@ def xattention(q: Tensor, k: Tensor, *, stride: int = 8, threshold: float = 0.9,
         raise AtomArgumentError(f"xattention(stride={stride}, block={block})",
                                 "the stride does not divide the block",
                                 f"xattention(stride={math.gcd(stride, block)}, block={block})")
-    scores = antidiagonal_scores(q, k, stride, block, check_scale(scale, q.shape[3]))
+    fuse = q.is_cuda and can_fuse_antidiagonal(stride, block)
+    estimate = fused_antidiagonal if fuse else antidiagonal_scores
+    scores = estimate(q, k, stride, block, check_scale(scale, q.shape[3]))
     first, last = diagonal(q.shape[2], k.shape[2], block, q.device)
     column = torch.arange(scores.shape[3], device=q.device)
     forced = (column == 0) | ((column >= first[:, None]) & (column <= last[:, None]))
@@ -239,13 +248,15 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 def prefix_cut(scores: Tensor, target: float) -> Tensor:
     """float32[..., 1]: the least x such that the scores >= x sum to `target` or less.
 
-    scores float32[..., n], 0 <= score <= 1. Taking those scores is taking the longest prefix of
+    scores float32[..., n], 0 <= score < 2. Taking those scores is taking the longest prefix of
     the sorted list within the target (equal scores together), but nothing is sorted: a GPU sorts
     a million numbers a head more slowly than it adds them up thirty times.
     """
+    if scores.is_cuda:
+        return fused_prefix_cut(scores, target)
     # Floats >= 0 are ordered as their bits are, so bisecting the bits is exact.
     low = torch.full((*scores.shape[:-1], 1), -1, dtype=torch.int32, device=scores.device)
-    high = torch.full_like(low, 0x40000000)  # 2.0: nothing is left to sum
+    high = torch.full_like(low, TWO)  # nothing reaches it
     for _ in range(31):
         middle = low + (high - low + 1) // 2
         cut = middle.view(torch.float32)

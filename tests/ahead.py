@@ -17,8 +17,10 @@ from triton.compiler import ASTSource
 
 from maskdsl.atoms import Causal
 from maskdsl.codegen.build import load_module
-from maskdsl.codegen.emit import emit_source
+from maskdsl.codegen.emit import emit_kernels, emit_lister, merge_lists
 from maskdsl.codegen.kernel import kernel_constants
+from maskdsl.codegen.lists import group_heads, parameters
+from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan, mean_row_width
 from maskdsl.codegen.tune import Config, pick_config
 from maskdsl.expr import Mask
@@ -49,23 +51,44 @@ def compile_for(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_
     value_dim = value_dim or head_dim
     whole = simplify(Causal() & mask if causal else mask)
     config = config or pick_config(chip, head_dim, value_dim, dtype.itemsize, mean_row_width(whole))
-    forward = load_module(emit_source(make_plan(whole, config.block_m, config.block_n))).forward
+    plans = [make_plan(one, config.block_m, config.block_n) for _, one in group_heads(whole)]
+    heads = tuple(len(heads) for heads, _ in group_heads(whole) if heads)
+    forward = load_module(emit_kernels(tuple(plans), heads)).forward
     use_tma = chip in ("sm_90", "sm_100")
     constants = kernel_constants(config, dtype, head_dim, value_dim, 16, use_tma, True)
-    source = ASTSource(forward, *signature_of(forward, dtype, constants))
+    source = ASTSource(forward, *signature_of(forward, dtype, constants, pointers_of(plans)))
     kernel = triton.compile(source, target=TARGETS[chip],
                             options={"num_warps": config.warps, "num_stages": config.stages})
     text = kernel.asm["ptx" if chip.startswith("sm") else "amdgcn"]
     return Compiled(kernel.metadata.shared, count_spills(chip, text), text)
 
 
-def signature_of(forward: Any, dtype: torch.dtype, constants: dict[str, Any]) -> tuple[
-        dict[str, str], dict[Any, Any], dict[Any, Any]]:
+def pointers_of(plans: list[Plan]) -> set[str]:
+    """The arguments that point to call-time data."""
+    return {p.name for p in parameters(merge_lists(tuple(plans))) if p.is_pointer} | {"head_order"}
+
+
+def compile_lister(chip: str, mask: Mask, config: Config) -> Compiled:
+    """Compile the kernel that lists a mask's tiles."""
+    plan = make_plan(simplify(Causal() & mask), config.block_m, config.block_n)
+    lister = load_module(emit_lister(plan)).list_tiles
+    constants = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "CHUNK": 256}
+    source = ASTSource(lister, *signature_of(lister, torch.bfloat16, constants,
+                                             pointers_of([plan])))
+    kernel = triton.compile(source, target=TARGETS[chip], options={"num_warps": 4})
+    text = kernel.asm["ptx" if chip.startswith("sm") else "amdgcn"]
+    return Compiled(kernel.metadata.shared, count_spills(chip, text), text)
+
+
+def signature_of(forward: Any, dtype: torch.dtype, constants: dict[str, Any],
+                 pointers: set[str]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
     """Signature, constexprs and attributes as the launcher would specialise them."""
     name = NAMES[dtype]
     types = {"q_ptr": f"*{name}", "k_base": f"*{name}", "v_base": f"*{name}",
              "out_ptr": f"*{name}", "lse_ptr": "*fp32", "scale": "fp32"}
-    if constants["USE_TMA"]:
+    types |= {arg: "*i32" for arg in pointers}
+    types |= {"union_key_rows": f"*{name}", "union_value_rows": f"*{name}"}
+    if constants.get("USE_TMA"):
         for arg, block in (("k_base", "QK_BLOCK"), ("v_base", "V_BLOCK")):
             types[arg] = f"tensordesc<{name}[1, 1, {constants['BLOCK_N']}, {constants[block]}]>"
     signature, attributes = {}, {}
