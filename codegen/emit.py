@@ -10,13 +10,10 @@ from importlib.resources import files
 from typing import Any
 
 from maskdsl.codegen.emit_lists import (
-    LANES,
     TILE_SETUP,
     atom_setup,
     column_segments,
     cores_text,
-    folds_fresh,
-    member_lines,
     names_text,
     parameters_text,
     setup_lines,
@@ -26,6 +23,14 @@ from maskdsl.codegen.emit_lists import (
 )
 from maskdsl.codegen.listing import Lists, Parameter, Segment
 from maskdsl.codegen.lists import parameters
+from maskdsl.codegen.members import (
+    LANES,
+    Test,
+    test_columns,
+    test_listed,
+    test_slash,
+    test_static,
+)
 from maskdsl.codegen.plan import Plan
 
 INDENT = "    "
@@ -67,7 +72,8 @@ def emit_lister(plan: Plan) -> str:
              if p.name.startswith("slot_") or p.name.startswith("union_tile_")]
     atoms = [line for atom in plan.lists.atoms for line in atom_setup(atom)]
     pieces = {
-        "<HEADER>\n": f"mask  {plan.mask!r}\ntile  {plan.block_m} queries x {plan.block_n} keys\n\n",
+        "<HEADER>\n": f"mask  {plan.mask!r}\n"
+                      f"tile  {plan.block_m} queries x {plan.block_n} keys\n\n",
         "<SLOT_HELPERS>\n": read_template("slots"),
         "<MORE_NAMES>": names_text(found),
         "<MORE_PARAMETERS>": parameters_text(found, 15),
@@ -241,8 +247,7 @@ def masked_loop_text(plan: Plan) -> str:
                      *(sieve.setup if sieve else ()),
                      f"for i in tl.range(0, masked_count{len(plan.masked) - 1}, "
                      "num_stages=STAGES):"))
-    members = member_lines(plan, "static")
-    step = (*LOADS, KEYS, *members, *live_lines(plan.tests), *MASKED_STEP)
+    step = masked_step(test_static(plan))
     if sieve is None:
         return before + indent((f"start = ({tile}) * BLOCK_N", *step), 2)
     head = indent((f"tile = {tile}", "start = tile * BLOCK_N",
@@ -251,9 +256,9 @@ def masked_loop_text(plan: Plan) -> str:
     return before + head + indent(step, 3)
 
 
-def live_lines(tests: tuple[str, ...]) -> tuple[str, ...]:
-    """Lines that set `live`: one test after the other."""
-    return (f"live = {tests[0]}", *(f"live = live | {test}" for test in tests[1:]))
+def masked_step(test: Test) -> tuple[str, ...]:
+    """One step of a loop with a mask; words are loaded before the scores, which hide the wait."""
+    return (*LOADS, *test.loads, SCORES, *test.lines, *MASKED_STEP)
 
 
 def listed_loops_text(plan: Plan) -> str:
@@ -280,9 +285,8 @@ def tile_loop_text(plan: Plan, full: bool) -> str:
               f"listed = tl.load(union_tile_list + {at[0]}, mask={count} > 0, other=0)",
               f"for i in tl.range(0, {count}, num_stages=STAGES):")
     head = ("start = listed * BLOCK_N", f"listed = tl.load(union_tile_list + {at[1]}, "
-            f"mask=i + 1 < {count}, other=0)", *LOADS)
-    step = FULL_STEP if full else (KEYS, *member_lines(plan, "listed"),
-                                   *live_lines(plan.listed_tests), *MASKED_STEP)
+            f"mask=i + 1 < {count}, other=0)")
+    step = (*LOADS, *FULL_STEP) if full else masked_step(test_listed(plan))
     return indent(before) + indent((*head, *step), 2)
 
 
@@ -292,14 +296,12 @@ def slash_loop_text(plan: Plan) -> str:
     virtual, place = virtual_lines("slash", segments, "n")
     names = " | ".join(map(repr, plan.lists.slashes))
     total = f"slash_count{len(segments) - 1}"
-    fresh = () if folds_fresh(plan) else (f"live = live & {' & '.join(unvisited(plan, False))}",)
     before = (f"# MASKED tiles at distances of {names}", *lines, *virtual, "n = 0",
               f"distance = tl.load(union_slash_list + ({place}), mask={total} > 0, other=0)",
               f"for i in tl.range(0, {total}, num_stages=STAGES):")
     step = ("start = p_first - distance", "n = i + 1",
             f"distance = tl.load(union_slash_list + ({place}), mask=n < {total}, other=0)",
-            *LOADS, KEYS, *member_lines(plan, "slash"), *live_lines(plan.listed_tests), *fresh,
-            *MASKED_STEP)
+            *masked_step(test_slash(plan, unvisited(plan, False))))
     return indent(before) + indent(step, 2)
 
 
@@ -311,17 +313,16 @@ def column_loop_text(plan: Plan) -> str:
     names = " | ".join(map(repr, plan.lists.columns))
     before = (f"# COLUMNS of {names}", *lines, *virtual,
               f"for i in tl.range(0, tl.cdiv({total}, BLOCK_N), num_stages=STAGES):")
-    fresh = unvisited(plan, True)
+    test = test_columns(plan, unvisited(plan, True))
     step = ("j = i * BLOCK_N + tl.arange(0, BLOCK_N)",
             f"column = tl.load(union_column_list + ({place}), mask=j < {total}, other=kv_len)",
             "keys = load_rows(key_rows, k_stride_l, column, kv_len, HEAD_DIM, QK_BLOCK, ALIGN)",
             "values = load_rows(value_rows, v_stride_l, column, kv_len, VALUE_DIM, V_BLOCK, ALIGN)",
-            "k = column[None, :]", *member_lines(plan, "columns"), *live_lines(plan.listed_tests),
-            *([f"live = live & {' & '.join(fresh)}"] if fresh else []), *MASKED_STEP)
+            *test.loads, SCORES, *test.lines, *MASKED_STEP)
     return indent(before) + indent(step, 2)
 
 
-KEYS = "k = start + tl.arange(0, BLOCK_N)[None, :]"
+SCORES = "scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)"
 LOADS = (
     "keys = load_tile(k_base, k_stride_l, batch, kv_head, start, kv_len, HEAD_DIM,",
     "                 BLOCK_N, QK_BLOCK, ALIGN, USE_TMA)",
@@ -333,6 +334,5 @@ FULL_STEP = (
     "                               PRECISION)",
 )
 MASKED_STEP = (
-    "acc, total, peak = attend_masked(acc, total, peak, queries, keys, values, live, scale,",
-    "                                 PRECISION)",
+    "acc, total, peak = attend_masked(acc, total, peak, scores, values, live, scale, PRECISION)",
 )

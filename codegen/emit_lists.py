@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from maskdsl.codegen.listing import Lists, Parameter, Segment
+from maskdsl.codegen.listing import PAD, Lists, Parameter, Segment
 from maskdsl.codegen.lists import blocks_of, is_table
 from maskdsl.codegen.plan import Plan
-from maskdsl.dynamic import Columns, Document, ListMask, Prefix, SlotMask, VerticalSlash
+from maskdsl.dynamic import Columns, Document, Prefix, SlotMask, VerticalSlash
 
 FAR = str((1 << 31) - 1)
 
@@ -34,9 +34,9 @@ def atom_setup(atom: SlotMask) -> list[str]:
     if is_table(atom):
         lines.append(f"{name}_table += {name}_row * {name}_rows * {name}_table_words")
     if isinstance(atom, (VerticalSlash, Columns)):
-        lines.append(f"{name}_columns += {name}_row * {name}_column_words")
+        lines.append(f"{name}_columns += {name}_row * ({name}_column_words + {2 * PAD}) + {PAD}")
     if isinstance(atom, VerticalSlash) and not is_table(atom):
-        lines.append(f"{name}_slashes += {name}_row * {name}_slash_words")
+        lines.append(f"{name}_slashes += {name}_row * ({name}_slash_words + {2 * PAD}) + {PAD}")
     return lines
 
 
@@ -78,124 +78,7 @@ def setup_lines(lists: Lists) -> list[str]:
     return ["# call-time data of this batch entry and head", *lines] if lines else []
 
 
-# --- membership -----------------------------------------------------------------------------------
-
-
-def member_lines(plan: Plan, loop: str) -> list[str]:
-    """Lines that set in_<slot>, bool that broadcasts to [BLOCK_M, BLOCK_N], for the keys `k`.
-
-    loop  "static" (aligned tiles), "listed" (aligned tiles from a list), "slash" (tiles at fixed
-          distances) or "columns" (gathered keys)
-    """
-    lines, folds = [], loop == "slash" and folds_fresh(plan)
-    if folds:
-        lines += allowed_lines(plan)
-    for atom in plan.lists.atoms:
-        if not isinstance(atom, ListMask):
-            continue
-        windows = None if loop == "columns" else key_windows(plan, atom)
-        if windows is None or (loop == "listed" and is_whole(plan, atom)):
-            lines.append(f"in_{atom.slot} = {' | '.join(gathered_terms(plan, atom, loop))}")
-            continue
-        names = []
-        for i, window in enumerate(windows):
-            text = f"({window}) & allowed{i}" if folds else window
-            lines.append(f"bits_{atom.slot}_{i} = {text}")
-            names.append(f"bits_{atom.slot}_{i}")
-        lines.append(f"in_{atom.slot} = ({pick_word(names)} & lane_bit) != 0")
-    return lines
-
-
-LANES = ("lane = tl.arange(0, BLOCK_N)[None, :]",
-         "lane_bit = tl.full([1, BLOCK_N], 1, tl.int32) << (lane % 32)")
-
-
-def pick_word(names: list[str]) -> str:
-    """The word that holds the lane's bit."""
-    text = names[-1]
-    for i in range(len(names) - 2, -1, -1):
-        text = f"tl.where(lane < {32 * (i + 1)}, {names[i]}, {text})"
-    return text
-
-
-def is_whole(plan: Plan, atom: ListMask) -> bool:
-    """Whether a tile is listed only where all its pairs are in the table."""
-    if not is_table(atom) or isinstance(atom, VerticalSlash) or len(plan.lists.tables) > 1:
-        return False
-    q_block, kv_block = blocks_of(atom)
-    return q_block % plan.block_m == 0 and kv_block % plan.block_n == 0
-
-
-def has_scalar_row(plan: Plan, atom: ListMask) -> bool:
-    """Whether all rows of a query tile read one row of the table."""
-    return blocks_of(atom)[0] % plan.block_m == 0
-
-
-def key_windows(plan: Plan, atom: ListMask) -> list[str] | None:
-    """Words of 32 keys each for a tile of neighbouring keys, or None where bits do not rise with
-    keys."""
-    name, shifts = f"slot_{atom.slot}", range(0, plan.block_n, 32)
-    starts = [f"start + {shift}" if shift else "start" for shift in shifts]
-    terms: list[list[str]] = [[] for _ in starts]
-    if is_table(atom):
-        q_block, kv_block = blocks_of(atom)
-        if kv_block != 1 or not has_scalar_row(plan, atom):
-            return None
-        for found, start in zip(terms, starts, strict=True):
-            found.append(f"table_window({name}_table, (q_tile * BLOCK_M) // {q_block}, {start}, "
-                         f"{name}_table_words)")
-    elif isinstance(atom, VerticalSlash):
-        for found, start in zip(terms, starts, strict=True):
-            found.append(f"diagonal_window({name}_slashes, {start}, p_first, q_offset + q_len - 1, "
-                         f"{name}_slash_words, BLOCK_M)")
-    if isinstance(atom, (VerticalSlash, Columns)):
-        for found, start in zip(terms, starts, strict=True):
-            found.append(f"key_window({name}_columns, {start}, {name}_column_words)")
-    return [" | ".join(found) for found in terms]
-
-
-def gathered_terms(plan: Plan, atom: ListMask, loop: str) -> list[str]:
-    """Membership that reads a word for every key (or pair) of its own."""
-    name, terms = f"slot_{atom.slot}", []
-    if loop == "listed" and is_whole(plan, atom):
-        return ["(k < kv_len)"]
-    if isinstance(atom, (VerticalSlash, Columns)):
-        if loop == "columns" and len(plan.lists.columns) == 1:
-            return ["(k < kv_len)"]  # these are the slot's own columns
-        terms.append(f"has_bit({name}_columns, k, {name}_column_words)")
-    if is_table(atom):
-        q_block, kv_block = blocks_of(atom)
-        row = f"(q_tile * BLOCK_M) // {q_block}" if has_scalar_row(plan, atom) else \
-            f"tl.minimum((p - q_offset) // {q_block}, {name}_rows - 1)"
-        keys = "start" if kv_block % plan.block_n == 0 and loop in ("static", "listed") else "k"
-        terms.append(f"table_bit({name}_table, {row}, {keys}, {name}_table_words, {kv_block})")
-    elif isinstance(atom, VerticalSlash):
-        terms.append(f"has_bit({name}_slashes, q_offset + q_len - 1 - (p - k), "
-                     f"{name}_slash_words)")
-    return terms
-
-
-def folds_fresh(plan: Plan) -> bool:
-    """Whether "not visited before" can be folded into the words of the slots: every live pair of a
-    listed tile is held by some of them."""
-    return plan.only_adds and not plan.lists.tables and all(
-        key_windows(plan, atom) is not None for atom in plan.lists.atoms
-        if isinstance(atom, ListMask))
-
-
-def allowed_lines(plan: Plan) -> list[str]:
-    """Words of the keys of a tile that no static loop has visited."""
-    lines = []
-    for i, shift in enumerate(range(0, plan.block_n, 32)):
-        start = f"start + {shift}" if shift else "start"
-        words = [f"outside({start}, -{1 << 30}, 0)"]
-        words += [f"outside({start}, {h.start} * BLOCK_N, {h.stop} * BLOCK_N)"
-                  for h in plan.lists.hulls]
-        lines.append(f"allowed{i} = {' & '.join(words)}")
-    return lines
-
-
-# --- which entries of the lists are left for this query tile ----------------------------------------
+# --- which entries of the lists are left for this query tile --------------------------------------
 
 
 def slash_segments(plan: Plan) -> tuple[list[str], tuple[Segment, ...]]:
@@ -261,7 +144,7 @@ def unvisited(plan: Plan, after_slashes: bool) -> list[str]:
     return terms
 
 
-# --- the kernel that makes the lists of tiles --------------------------------------------------------
+# --- the kernel that makes the lists of tiles -----------------------------------------------------
 
 
 def table_lines(plan: Plan) -> list[str]:

@@ -30,6 +30,7 @@ from maskdsl.shape import Shape
 from maskdsl.spans import spans
 
 LOG2_E = 1.4426950408889634
+LEAST_SCALE = 1e-30  # for 0, which would make NaN of a dead pair's -inf; scores vanish as well
 
 
 def interpreting() -> bool:
@@ -156,7 +157,7 @@ class TritonForward:
         numbers = (*(s // align for three in strides for s in three),
                    batch * heads, heads, heads // k.shape[1],
                    shape.q_len, shape.kv_len, shape.q_offset, shape.total_len)
-        scale *= LOG2_E
+        scale = max(scale, LEAST_SCALE) * LOG2_E
         found = chosen.parameters
         options = {**constants, "num_warps": config.warps, "num_stages": config.stages}
         launch, device = chosen.forward[grid], q.device.index

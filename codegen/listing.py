@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from maskdsl.dynamic import ListMask, SlotMask
 
 
+PAD = 16  # empty words on either side of a set whose words are read without a check
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Key tiles [start, stop), each a variable of the bounds text or a number."""
@@ -21,6 +24,21 @@ class Parameter:
 
     name: str
     is_pointer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ListedTest:
+    """A test of the mask that asks call-time lists.
+
+    text    the whole test
+    lo, hi  names of the row bounds within it: keys [lo, hi)
+    atom    the slot that decides within them, where it alone does
+    """
+
+    text: str
+    lo: str
+    hi: str
+    atom: SlotMask | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,8 +106,7 @@ def bound_lists(mask: Mask, block_n: int) -> tuple[Bounds, Lists]:
 
 
 def group_heads(mask: Mask) -> list[tuple[tuple[int, ...], Mask]]:
-    """(query heads, their mask) for every distinct mask, simplified; ((), mask) where all share one.
-    """
+    """(query heads, their mask) for every distinct mask; ((), mask) where all heads share one."""
     count = count_heads(mask)
     if count is None:
         return [((), mask)]

@@ -14,7 +14,7 @@ import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
-from maskdsl.codegen.listing import Lists, Segment
+from maskdsl.codegen.listing import ListedTest, Lists, Segment
 from maskdsl.expr import Mask, operands
 from maskdsl.shape import Shape
 from maskdsl.spans import Piece
@@ -66,7 +66,7 @@ class Plan:
     masked: tuple[Segment, ...]
     rows: tuple[str, ...]
     tests: tuple[str, ...]
-    listed_tests: tuple[str, ...]
+    listed_tests: tuple[ListedTest, ...]
     only_adds: bool
     sieve: Sieve | None
     last_first: bool

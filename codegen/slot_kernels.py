@@ -35,13 +35,14 @@ def highest_bit(word):
 
 
 @triton.jit
-def set_bits(index, row, words, count, rows, limit, row_words, HAS_ROW: tl.constexpr,
+def set_bits(index, row, words, count, rows, limit, row_words, shift, HAS_ROW: tl.constexpr,
              BACKWARDS: tl.constexpr, BLOCK: tl.constexpr):
     """Set bit `index` of each list's set; with rows, of set `row` among the list's `rows` sets;
     backwards, bit limit - 1 - index.
 
     index, row  int32 or int64 [lists, count]; entries outside [0, limit) or [0, rows) are dropped
     words       int32 [lists, rows, row_words], zero before
+    shift       bits before bit 0
     """
     this = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -52,7 +53,7 @@ def set_bits(index, row, words, count, rows, limit, row_words, HAS_ROW: tl.const
         m = tl.load(row + this * count + i, mask=i < count, other=-1)
         inside = inside & (m >= 0) & (m < rows)
         at += m
-    bit = tl.where(inside, limit - 1 - x if BACKWARDS else x, 0).to(tl.int32)
+    bit = tl.where(inside, limit - 1 - x if BACKWARDS else x, 0).to(tl.int32) + shift
     one = tl.full([BLOCK], 1, tl.int32)
     tl.atomic_or(words + (at * row_words + (bit >> 5)), one << (bit & 31), mask=inside)
 

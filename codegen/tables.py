@@ -15,7 +15,7 @@ import torch
 import triton
 
 from maskdsl.codegen import slot_kernels as kernels
-from maskdsl.codegen.listing import Lists
+from maskdsl.codegen.listing import PAD, Lists
 from maskdsl.codegen.lists import blocks_of, is_table
 from maskdsl.dynamic import Columns, Document, ListMask, Prefix, SlotMask, VerticalSlash
 from maskdsl.indices import BlockIndices
@@ -61,33 +61,34 @@ def words_for(bits: int) -> int:
 
 
 def make_bits(index: Tensor, limit: int, row: Tensor | None = None, rows: int = 1,
-              room: int = 0, backwards: bool = False) -> Tensor:
+              room: int = 0, pad: int = 0, backwards: bool = False) -> Tensor:
     """Sets of the numbers in each list, int32 [lists..., rows, words]; those outside [0, limit) are
-    dropped. `room` more bits are left empty behind; backwards, x is bit limit - 1 - x."""
+    dropped. `room` more bits are left empty behind, `pad` more words on both sides; backwards, x is
+    bit limit - 1 - x."""
     lead, count = index.shape[:-1], index.shape[-1]
     index = index.contiguous()
     row = index if row is None else row.contiguous()
-    words = torch.zeros(*lead, rows, words_for(limit + room), dtype=torch.int32,
+    words = torch.zeros(*lead, rows, words_for(limit + room) + 2 * pad, dtype=torch.int32,
                         device=index.device)
     lists = index.numel() // max(1, count)
     if lists and count:
         block = min(1024, triton.next_power_of_2(count))
         kernels.set_bits[(lists, triton.cdiv(count, block))](
-            index, row, words, count, rows, limit, words.shape[-1], row is not index, backwards,
-            block)
+            index, row, words, count, rows, limit, words.shape[-1], 32 * pad, row is not index,
+            backwards, block)
     return words
 
 
 def make_table(data: BlockIndices, rows: int, columns: int) -> Tensor:
     """A table of blocks as sets, int32 [B, H, rows, words]."""
     if data.row is not None:
-        return make_bits(data.index, columns, data.row, rows)
+        return make_bits(data.index, columns, data.row, rows, room=256)
     if data.index.dtype != torch.bool:
-        return make_bits(data.index[:, :, :rows], columns)[..., 0, :]
+        return make_bits(data.index[:, :, :rows], columns, room=256)[..., 0, :]
     mask = data.index[:, :, :rows, :columns]
     if mask.stride(-1) != 1 or mask.stride(0) != mask.stride(1) * mask.shape[1]:
         mask = mask.contiguous()
-    words = torch.empty(*mask.shape[:3], words_for(columns), dtype=torch.int32, device=mask.device)
+    words = torch.empty(*mask.shape[:3], words_for(columns + 256), dtype=torch.int32, device=mask.device)
     sets = mask.shape[0] * mask.shape[1] * rows
     if sets:
         block = min(64, triton.next_power_of_2(words.shape[-1]))
@@ -101,7 +102,7 @@ def widen(slash: Tensor, shape: Shape) -> Tensor:
     """The table of a "block64" vertical-slash, int32 [B, H, row blocks, words]."""
     falling = slash.to(torch.int32).sort(-1, descending=True).values.contiguous()
     rows = -(-shape.q_len // 64)
-    words = words_for(shape.kv_len)
+    words = words_for(shape.kv_len + 256)  # a tile of keys past the end is read without a check
     table = torch.zeros(*slash.shape[:2], rows, words, dtype=torch.int32, device=slash.device)
     if rows and slash.numel():
         kernels.widen_slashes[(slash.shape[0] * slash.shape[1], triton.cdiv(rows, 128))](
@@ -166,13 +167,15 @@ class Tables:
             index = data.vertical if isinstance(atom, VerticalSlash) else data.index
             words = make_bits(index, shape.kv_len)[..., 0, :]
             self.columns.append(BitSet(words, index.shape[-1]))
-            arguments |= {f"{name}_columns": words, f"{name}_column_words": words.shape[-1]}
+            arguments |= {f"{name}_columns": make_bits(index, shape.kv_len, pad=PAD),
+                          f"{name}_column_words": words.shape[-1]}
         if isinstance(atom, VerticalSlash) and not is_table(atom):
             reach = max(0, shape.q_offset + shape.q_len)
             words = make_bits(data.slash, reach, room=self.call.tile[0])[..., 0, :]
             self.slashes.append(BitSet(words, reach))
-            words = make_bits(data.slash, reach, backwards=True)[..., 0, :]
-            arguments |= {f"{name}_slashes": words, f"{name}_slash_words": words.shape[-1]}
+            backwards = make_bits(data.slash, reach, pad=PAD, backwards=True)
+            arguments |= {f"{name}_slashes": backwards,
+                          f"{name}_slash_words": backwards.shape[-1] - 2 * PAD}
         self._lead(name, data.lead)
 
     def _add_table(self, name: str, atom: ListMask, data: Any) -> None:

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 import sympy
 
 from maskdsl.codegen.bounds import Lines
+from maskdsl.codegen.listing import ListedTest
 from maskdsl.spans import ZERO, Piece
 from maskdsl.text import write_condition, write_integer
 from maskdsl.trace import Condition, Ge, Has, K, P
 
 
 def write_mask(pieces: tuple[Piece, ...]) -> tuple[tuple[str, ...], tuple[str, ...],
-                                                   tuple[str, ...]]:
+                                                   tuple[ListedTest, ...]]:
     """Pieces -> (row bound lines, tests, those that ask call-time lists); a pair is live when one
     test of bool[BLOCK_M, BLOCK_N] holds."""
     lines = Lines()
@@ -25,10 +26,12 @@ def write_mask(pieces: tuple[Piece, ...]) -> tuple[tuple[str, ...], tuple[str, .
     tests = [f"(k < {_prefix_bound(lines, prefixes)})"] if prefixes else []
     listed = []
     for i, piece in enumerate(p for p in pieces if p not in prefixes):
-        tests.append(_interval_test(lines, i, piece))
+        lo, hi, test = _interval_test(lines, i, piece)
+        tests.append(test)
         if list(leaves_of(piece.rest)):
-            listed.append(tests[-1])
-    return tuple(lines.text), tuple(tests) or ("(k < 0)",), tuple(listed) or ("(k < 0)",)
+            alone = piece.rest.atom if isinstance(piece.rest, Has) and piece.rest.held else None
+            listed.append(ListedTest(test, lo, hi, alone))
+    return tuple(lines.text), tuple(tests) or ("(k < 0)",), tuple(listed)
 
 
 def leaves_of(condition: Condition) -> Iterator[Has]:
@@ -56,8 +59,9 @@ def _prefix_bound(lines: Lines, pieces: list[Piece]) -> str:
     return lines.set("prefix", text)
 
 
-def _interval_test(lines: Lines, i: int, piece: Piece) -> str:
-    hi = lines.set(f"upper{i}", _upper(piece))
+def _interval_test(lines: Lines, i: int, piece: Piece) -> tuple[str, str, str]:
+    """The names of a piece's row bounds, and its whole test."""
+    lo, hi = "0", lines.set(f"upper{i}", _upper(piece))
     tests = [f"(k < {hi})"]
     if piece.lo != (ZERO,):
         lo = lines.set(f"lower{i}", write_integer(sympy.Max(*piece.lo)))
@@ -65,7 +69,7 @@ def _interval_test(lines: Lines, i: int, piece: Piece) -> str:
     if not piece.is_exact:
         names: dict[sympy.Expr, str] = {}
         tests.append(f"({write_condition(name_rows(lines, piece.rest, names), names)})")
-    return f"({' & '.join(tests)})"
+    return lo, hi, f"({' & '.join(tests)})"
 
 
 def name_rows(lines: Lines, condition: Condition, names: dict[sympy.Expr, str]) -> Condition:

@@ -10,6 +10,7 @@ import torch
 from maskdsl.atoms import Causal
 from maskdsl.errors import BackendError, MaskTypeError
 from maskdsl.binding import CallSize, check_names, check_slots, describe, wrap
+from maskdsl.dynamic import SlotMask
 from maskdsl.expr import Mask
 from maskdsl.heads import count_heads
 from maskdsl.inputs import (
@@ -56,7 +57,8 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
         raise MaskTypeError(f"compile({mask!r})", f"a {type(mask).__name__}, which is not a mask",
                             "an expression such as Sink(4) | Window(2048), or Where(fn)")
     whole = simplify(Causal() & mask if causal else mask)
-    return Attention(whole, pick_backend(backend), check_layout(layout), scale, tile)
+    return Attention(whole, pick_backend(backend), check_layout(layout), scale, tile,
+                     check_names(mask))
 
 
 def pick_backend(backend: str | None) -> str:
@@ -73,14 +75,15 @@ class Attention:
     """Attention under one mask: call it with q, k, v. Made by `compile`."""
 
     def __init__(self, mask: Mask, backend: str, layout: str, scale: float | None,
-                 tile: tuple[int, int] | None) -> None:
+                 tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = ()) -> None:
         self.mask = mask
+        self.slots = slots  # as the user wrote them: simplification may drop one
+        self._used = check_names(mask)
         self.backend = backend
         self.layout = layout
         self.scale = None if scale is None else check_scale(scale, 1)
         self.limit = min((x for node in mask.walk() if (x := node.limit()) is not None),
                          default=None)
-        self.slots = check_names(mask)
         self.heads = count_heads(mask)
         self._tile = tile
         self._ready: dict[Any, Any] = {}  # what a call looks like -> how to run it
@@ -153,7 +156,7 @@ class Attention:
             if len(self._ready) >= READY_LIMIT:
                 self._ready.clear()
             self._ready[key] = call
-        data = {atom.slot: wrap(atom, slots[atom.slot]) for atom in self.slots}
+        data = {atom.slot: wrap(atom, slots[atom.slot]) for atom in self._used}
         result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = call(q, k, v, data)
         return result
 

@@ -29,6 +29,7 @@ class Case:
     total_len: int | None = None
     scale: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    slots: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shape(self) -> Shape:
@@ -56,13 +57,13 @@ def run(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[
     """Output and lse of the compiled mask."""
     attn = maskdsl.compile(case.mask, causal=case.causal, **case.options)
     return attn(q, k, v, scale=case.scale, q_offset=case.q_offset, total_len=case.total_len,
-                return_lse=True)
+                return_lse=True, **case.slots)
 
 
 def check_case(case: Case, device: str = "cpu") -> None:
     """Values within twice PyTorch's own error, lse tight, dead rows 0 and -inf."""
     q, k, v = make_inputs(case, device)
-    live = dense(case.whole, case.shape, case.batch, case.heads, device=device)
+    live = dense(case.whole, case.shape, case.batch, case.heads, device, case.slots)
     exact, exact_lse = dense_attention(q.double(), k.double(), v.double(), live, case.scale)
     plain, _ = dense_attention(q, k, v, live, case.scale)
     out, lse = run(case, q, k, v)
