@@ -12,7 +12,8 @@ from pathlib import Path
 
 from benchmarks.measure import Report, current_commit
 
-QUESTIONS = ("forward", "dense", "million", "cold", "host", "cpu", "sweep")
+QUESTIONS = ("forward", "dense", "million", "cold", "host", "cpu", "sweep",
+             "vertical_slash", "triangle", "estimate")
 
 
 def main() -> None:

@@ -20,10 +20,12 @@ from maskdsl.patterns.classic import (
     streaming_llm,
     tri_shape,
 )
+from maskdsl.patterns.estimate import vertical_slash
+from maskdsl.patterns.estimate_blocks import block_topk, flex_prefill, xattention
 from maskdsl.patterns.trianglemix import triangle
 
 __all__ = [
-    "bigbird", "chunked", "dilated_window", "longformer", "longnet", "prefix_lm",
-    "sliding_window", "sparse_transformer_fixed", "sparse_transformer_strided", "streaming_llm",
-    "tri_shape", "triangle",
+    "bigbird", "block_topk", "chunked", "dilated_window", "flex_prefill", "longformer", "longnet",
+    "prefix_lm", "sliding_window", "sparse_transformer_fixed", "sparse_transformer_strided",
+    "streaming_llm", "tri_shape", "triangle", "vertical_slash", "xattention",
 ]
