@@ -185,8 +185,10 @@ def walk_text(plans: tuple[Plan, ...], heads: tuple[int, ...]) -> str:
     for i, plan in enumerate(plans):
         test = f"if kind == {i}:" if i == 0 else "else:" if i == len(plans) - 1 else \
             f"elif kind == {i}:"
-        body = "".join(f"{INDENT}{line}" if line.strip() else line
-                       for line in plan_text(plan).splitlines(keepends=True))
+        lines = plan_text(plan).splitlines(keepends=True)
+        if all(line.lstrip().startswith(("#", "\n")) or not line.strip() for line in lines):
+            lines.append(f"{INDENT}pass\n")  # the empty mask has no step at all
+        body = "".join(f"{INDENT}{line}" if line.strip() else line for line in lines)
         text += f"{INDENT}{test}\n{body}"
     return text
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from maskdsl.codegen.bounds import describe_piece
 from maskdsl.codegen.counts import count_closed
+from maskdsl.codegen.lists import base_of
 from maskdsl.codegen.plan import Plan
 from maskdsl.shape import Shape
 from maskdsl.tiles import count_pairs
@@ -24,7 +25,10 @@ class Explanation:
     full_tiles    key tiles computed without a mask
     masked_tiles  key tiles computed with one
     all_tiles     key tiles of the whole rectangle
-    mask_bytes    memory the mask itself takes at run time: 0, there is no table
+    mask_bytes    memory the mask itself takes at run time: 0, there is no table; None for a mask
+                  with slots, whose lists depend on the call's data
+    slots         the atoms whose data arrives at the call; pairs and tiles count them as empty, and
+                  documents as one
     """
 
     mask: str
@@ -38,9 +42,10 @@ class Explanation:
     full_tiles: int
     masked_tiles: int
     all_tiles: int
-    mask_bytes: int
+    mask_bytes: int | None
     output_bytes: int
     dense_bytes: int
+    slots: tuple[str, ...] = ()
 
     @property
     def visited_tiles(self) -> int:
@@ -69,8 +74,11 @@ class Explanation:
             f"tiles         {self.full_tiles:,} full + {self.masked_tiles:,} masked of "
             f"{self.all_tiles:,}{', dead ones sieved out' if self.sieved else ''}",
             f"dense causal  {self.tile_speedup:.1f}x as many tiles",
-            f"memory        mask {self.mask_bytes} bytes; output {self.output_bytes:,}; a dense "
+            f"memory        mask {'by its data' if self.mask_bytes is None else self.mask_bytes}"
+            f"{'' if self.mask_bytes is None else ' bytes'}; output {self.output_bytes:,}; a dense "
             f"mask would take {self.dense_bytes:,}",
+            *([f"slots         {', '.join(self.slots)}: not counted, their data comes at the call"]
+              if self.slots else []),
             *(f"{'pieces' if i == 0 else '':<13} {text}" for i, text in enumerate(self.pieces)),
         ]
         return "\n".join(lines)
@@ -82,14 +90,16 @@ def explain_call(plan: Plan, mask: str, shape: Shape, backend: str, heads: int,
     full, masked = plan.count_tiles(shape)
     exact = all(piece.is_exact for piece in plan.pieces)
     few = shape.q_len * shape.kv_len <= PAIR_LIMIT
-    closed = count_closed(plan.mask)
+    base = base_of(plan.mask)
+    closed = None if plan.lists.atoms else count_closed(base)
     return Explanation(
         mask=mask, backend=backend, shape=shape, tile=(plan.block_m, plan.block_n),
         pieces=tuple(map(describe_piece, plan.pieces)), sieved=plan.sieve is not None,
-        live_pairs=count_pairs(plan.mask, shape) if exact or few else None,
+        live_pairs=count_pairs(base, shape) if exact or few else None,
         closed_form=f"{closed.pairs} pairs for N tokens, N >= {closed.valid_from}"
         if closed else "",
         full_tiles=full, masked_tiles=masked,
         all_tiles=-(-shape.q_len // plan.block_m) * -(-shape.kv_len // plan.block_n),
-        mask_bytes=0, output_bytes=2 * heads * head_dim * shape.q_len,
+        mask_bytes=None if plan.lists.atoms else 0, slots=tuple(map(repr, plan.lists.atoms)),
+        output_bytes=2 * heads * head_dim * shape.q_len,
         dense_bytes=shape.q_len * shape.kv_len)

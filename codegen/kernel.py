@@ -106,6 +106,11 @@ class TritonForward:
         device = torch.device("cpu" if interpreting() else "cuda")
         return self.config(arch_of(device), head_dim, head_dim, 2)
 
+    def default_plans(self, head_dim: int) -> tuple[Plan, ...]:
+        """The plans for two-byte elements on the current device, costliest heads first."""
+        config = self.default_config(head_dim)
+        return tuple(make_plan(mask, config.block_m, config.block_n) for _, mask in self.kinds)
+
     def variant(self, arch: str, dtype: torch.dtype, head_dim: int, value_dim: int, align: int,
                 use_tma: bool, with_lse: bool) -> Variant:
         """The specialisation for these properties, built on first use."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from maskdsl.dynamic import ListMask, SlotMask
 
-
 PAD = 16  # empty words on either side of a set whose words are read without a check
 
 
@@ -67,3 +66,6 @@ class Lists:
     def listed(self) -> bool:
         """Whether there is any list, and not just numbers read for bounds."""
         return bool(self.tables or self.slashes or self.columns)
+
+
+NO_LISTS = Lists()

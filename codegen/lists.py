@@ -73,8 +73,8 @@ def replace_lists(mask: Mask, adds: bool, takes: bool, chosen: Mask | None = Non
     if isinstance(mask, Not):
         return ~replace_lists(mask.operand, adds, takes, chosen, not positive)
     if isinstance(mask, (Or, And)):
-        return join(type(mask), tuple(replace_lists(arg, adds, takes, chosen, positive)
-                                      for arg in mask.args))
+        args = tuple(replace_lists(arg, adds, takes, chosen, positive) for arg in mask.args)
+        return join(Or, args) if isinstance(mask, Or) else join(And, args)
     return mask
 
 

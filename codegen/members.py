@@ -52,11 +52,12 @@ def test_slash(plan: Plan, unvisited: list[str]) -> Test:
     themselves, and one bit a pair is left to ask.
     """
     if not folds(plan):
-        loads, lines = member_lines(plan, "slash")
+        before, after = member_lines(plan, "slash")
         tests = live_lines(tuple(t.text for t in plan.listed_tests))
-        return Test(loads, (KEYS, *lines, *tests, f"live = live & {' & '.join(unvisited)}"))
+        return Test(before, (KEYS, *after, *tests, f"live = live & {' & '.join(unvisited)}"))
     loads = [line for atom in list_atoms(plan) for line in load_lines(plan, atom)]
-    lines, names = [], []
+    lines: list[str] = []
+    names = []
     for i, start in enumerate(part_starts(plan)):
         terms = []
         for test in plan.listed_tests:
@@ -95,7 +96,8 @@ def member_lines(plan: Plan, loop: str) -> tuple[tuple[str, ...], tuple[str, ...
 
     loop  "static", "listed" (aligned tiles), "slash" (any start) or "columns" (gathered keys)
     """
-    loads, lines = [], []
+    loads: list[str] = []
+    lines: list[str] = []
     for atom in list_atoms(plan):
         if loop == "columns" or not has_words(plan, atom) or \
                 (loop == "listed" and is_whole(plan, atom)):

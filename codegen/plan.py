@@ -14,7 +14,7 @@ import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
-from maskdsl.codegen.listing import ListedTest, Lists, Segment
+from maskdsl.codegen.listing import NO_LISTS, ListedTest, Lists, Segment
 from maskdsl.expr import Mask, operands
 from maskdsl.shape import Shape
 from maskdsl.spans import Piece
@@ -71,7 +71,7 @@ class Plan:
     sieve: Sieve | None
     last_first: bool
     needs_head: bool
-    lists: Lists = Lists()
+    lists: Lists = NO_LISTS
 
     @property
     def live(self) -> str:
@@ -111,8 +111,9 @@ class Plan:
             row = row[:0]
         last = np.minimum(row + self.block_m, shape.q_len) - 1
         values: dict[str, Any] = {
-            **NUMPY_NAMES, **names_of(shape, batch, head, self.mask, bound), "BLOCK_N": self.block_n,
-            "p_first": row + shape.q_offset, "p_last": last + shape.q_offset}
+            **NUMPY_NAMES, **names_of(shape, batch, head, self.mask, bound),
+            "BLOCK_N": self.block_n, "p_first": row + shape.q_offset,
+            "p_last": last + shape.q_offset}
         exec("\n".join(self.bounds), values)
         return values
 

@@ -78,7 +78,8 @@ class SieveWriter:
             by = write_integer(under)
             return f"floor_div({low}, {by})", f"floor_div({high}, {by})"
         if e.func == Lookup:
-            return tuple(write_integer(e.xreplace({P: end})) for end in (P_FIRST, P_LAST))
+            return (write_integer(e.xreplace({P: P_FIRST})),
+                    write_integer(e.xreplace({P: P_LAST})))
         if e.func == sympy.Mod:
             return self._remainder(*e.args)
         if e.func in (sympy.Max, sympy.Min):

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
 """Kernels that turn call-time indices into sets of bits and lists, on the GPU without a host sync.
 
 A set is int32 words of 32 bits, the last word empty. `before` counts the bits of earlier words, so

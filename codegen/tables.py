@@ -88,7 +88,8 @@ def make_table(data: BlockIndices, rows: int, columns: int) -> Tensor:
     mask = data.index[:, :, :rows, :columns]
     if mask.stride(-1) != 1 or mask.stride(0) != mask.stride(1) * mask.shape[1]:
         mask = mask.contiguous()
-    words = torch.empty(*mask.shape[:3], words_for(columns + 256), dtype=torch.int32, device=mask.device)
+    words = torch.empty(*mask.shape[:3], words_for(columns + 256), dtype=torch.int32,
+                        device=mask.device)
     sets = mask.shape[0] * mask.shape[1] * rows
     if sets:
         block = min(64, triton.next_power_of_2(words.shape[-1]))
@@ -210,8 +211,8 @@ class Tables:
                                      device=words.device)
         self.arguments["union_slash_covered"] = covered
         sets = words.numel() // words.shape[-1]
-        kernels.cover_slashes[(sets,)](words, last, marks, covered, words.shape[-1], marks.shape[-1], reach,
-                                       block_m, block_n, num_warps=1)
+        kernels.cover_slashes[(sets,)](words, last, marks, covered, words.shape[-1],
+                                       marks.shape[-1], reach, block_m, block_n, num_warps=1)
         self._add_list("slash", marks, -(-(reach + block_m) // block_n) + 1, block_m - 1)
 
     def _list_columns(self) -> None:

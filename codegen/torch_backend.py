@@ -88,6 +88,11 @@ class TorchForward:
         """The plan of the first kind of head."""
         return self.kinds[0].plan
 
+    @property
+    def counted_plan(self) -> Plan:
+        """The plan of the first kind's mask itself, for counting."""
+        return make_plan(self.kinds[0].mask, BLOCK_M, BLOCK_N)
+
     def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
                 scale: float, layout: str, with_lse: bool) -> Callable[..., Any]:
         """A function of (q, k, v, data), in the user's layout, for every call that looks like

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from maskdsl.atoms import Causal
-from maskdsl.errors import BackendError, MaskTypeError
 from maskdsl.binding import CallSize, check_names, check_slots, describe, wrap
 from maskdsl.dynamic import SlotMask
+from maskdsl.errors import BackendError, MaskTypeError
 from maskdsl.expr import Mask
 from maskdsl.heads import count_heads
 from maskdsl.inputs import (
     DTYPES,
     check_gradients,
+    check_heads,
     check_layout,
     check_limit,
     check_ranks,
-    check_heads,
     check_scale,
     check_tensors,
 )
@@ -138,7 +138,8 @@ class Attention:
         Returns the output, of q's dtype and layout with last dimension Dv; with return_lse=True
         also the log-sum-exp, float32 [B, Hq, Lq], natural logarithm. A row without a live key
         gives 0 and -inf. Errors: subclasses of ShapeError, DtypeError, DeviceError, ScaleError,
-        UnknownSlotError, MissingSlotError, SlotDataError, GradientError, all before anything is launched.
+        UnknownSlotError, MissingSlotError, SlotDataError, GradientError, all before anything is
+        launched.
         """
         try:
             key = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype,
@@ -171,26 +172,29 @@ class Attention:
         shape = Shape(q.shape[2], k.shape[2], q_offset, total_len)  # type: ignore[arg-type]
         check_limit(self.limit, shape, self.mask)
         check_heads(self.heads, q.shape[1])
-        check_slots(self.slots, slots, CallSize(q.shape[0], q.shape[1], k.shape[1], q.device), shape)
+        size = CallSize(q.shape[0], q.shape[1], k.shape[1], q.device)
+        check_slots(self.slots, slots, size, shape)
         number = check_scale(self.scale if scale is None else scale, q.shape[3])
         return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)
 
     @property
     def plan(self) -> Plan:
-        """The plan of the kernel for bfloat16 and head dimension 128 (or of the torch backend)."""
+        """The plan of the kernel for bfloat16 and head dimension 128 (or of the torch backend); of
+        `PerHead` that of one kind of head (the costliest, on a GPU)."""
         if self.backend == "torch":
             return self._forward.plan  # type: ignore[union-attr]
-        from maskdsl.codegen.planner import make_plan
-
-        config = self._forward.default_config(HEAD_DIM)  # type: ignore[union-attr]
-        return make_plan(self.mask, config.block_m, config.block_n)
+        return self._forward.default_plans(HEAD_DIM)[0]  # type: ignore[union-attr]
 
     @property
     def source(self) -> str:
         """The Triton source of `plan`: a file that stands alone."""
-        from maskdsl.codegen.emit import emit_source
+        from maskdsl.codegen.emit import emit_kernels, emit_source
 
-        return emit_source(self.plan)
+        if self.backend == "torch":
+            return emit_source(self.plan)
+        forward: Any = self._forward
+        heads = tuple(len(heads) for heads, _ in forward.kinds if heads)
+        return emit_kernels(forward.default_plans(HEAD_DIM), heads)
 
     def explain(self, q_len: int, kv_len: int | None = None, *, q_offset: int | None = None,
                 total_len: int | None = None, heads: int = 1,
@@ -200,4 +204,7 @@ class Attention:
 
         shape = Shape(q_len, q_len if kv_len is None else kv_len, q_offset,  # type: ignore[arg-type]
                       total_len)  # type: ignore[arg-type]
-        return explain_call(self.plan, repr(self.mask), shape, self.backend, heads, head_dim)
+        plan = self.plan
+        if self.slots and self.backend == "torch":  # its plan is of a superset
+            plan = self._forward.counted_plan  # type: ignore[union-attr]
+        return explain_call(plan, repr(self.mask), shape, self.backend, heads, head_dim)

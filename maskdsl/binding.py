@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class CallSize:
 def check_names(mask: Mask) -> tuple[SlotMask, ...]:
     """The slots of a mask; a SlotDataError where two atoms want different data by one name."""
     atoms = slots_of(mask)
-    for a, b in zip(atoms, atoms[1:], strict=False):
+    for a, b in pairwise(atoms):
         for other in (x for x in atoms if x is not b and x.slot == b.slot):
             raise SlotDataError(f"{other!r} and {b!r} in one mask",
                                 f"both want data by the name {b.slot!r}", f"another name for one: "
@@ -204,8 +205,7 @@ def widen_slashes(slash: Tensor, shape: Shape) -> Tensor:
                        device=slash.device)
     place = torch.arange(live.shape[-1], device=slash.device)
     reached = torch.full_like(end, -(1 << 30))
-    for s in slash.long().sort(-1, descending=True).values.unbind(-1):
-        s = s.unsqueeze(-1)
+    for s in slash.long().sort(-1, descending=True).values.unsqueeze(-2).unbind(-1):
         stop = (end - s).clamp(min=SUPERSET)
         known = (s >= 0) & (s < end)
         fresh = known & (stop > reached + SUPERSET)

@@ -108,8 +108,9 @@ class Blocks(ListMask):
         self.check_slot()
         sizes = integer(self, "q_block", 1), integer(self, "kv_block", 1)
         if sizes[1] & (sizes[1] - 1) or max(sizes) > MAX_BLOCK:
-            raise AtomArgumentError(repr(self), f"kv_block must be a power of two, and neither block "
-                                    f"larger than {MAX_BLOCK}", f'Blocks("{self.slot}", 64, 64)')
+            raise AtomArgumentError(repr(self), "kv_block must be a power of two, and neither "
+                                    f"block larger than {MAX_BLOCK}",
+                                    f'Blocks("{self.slot}", 64, 64)')
 
     @property
     def blocks(self) -> tuple[int, int]:

@@ -28,8 +28,8 @@ class PerHead(Mask):
     def __post_init__(self) -> None:
         masks = tuple(self.masks) if isinstance(self.masks, Iterable) else ()
         if not masks or not all(isinstance(mask, Mask) for mask in masks):
-            raise AtomArgumentError(f"PerHead({self.masks!r})", "a list of masks is needed, one for "
-                                    "every query head", EXAMPLE)
+            raise AtomArgumentError(f"PerHead({self.masks!r})", "a list of masks is needed, one "
+                                    "for every query head", EXAMPLE)
         if any(isinstance(node, PerHead) for mask in masks for node in mask.walk()):
             raise AtomArgumentError("PerHead inside PerHead", "one mask is chosen by head once",
                                     EXAMPLE)
@@ -66,5 +66,6 @@ def pick_head(mask: Mask, head: int) -> Mask:
     if isinstance(mask, Not):
         return ~pick_head(mask.operand, head)
     if isinstance(mask, (Or, And)):
-        return join(type(mask), tuple(pick_head(arg, head) for arg in mask.args))
+        args = tuple(pick_head(arg, head) for arg in mask.args)
+        return join(Or, args) if isinstance(mask, Or) else join(And, args)
     return mask

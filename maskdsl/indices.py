@@ -163,7 +163,8 @@ class BlockIndices:
         """Compressed rows: indptr int[B, H, Mb + 1] and indices int[B, H, A]; or int[Mb + 1] and
         int[A], one pattern for all heads (BSR, as scipy and FlashInfer have it)."""
         if isinstance(indptr, torch.Tensor) and indptr.dim() == 1:
-            indptr, indices = indptr[None, None], check_integers("indices", indices, "A")[None, None]
+            indices = check_integers("indices", indices, "A")[None, None]
+            indptr = indptr[None, None]
         check_integers("indptr", indptr, "B, H, Mb + 1")
         check_integers("indices", indices, "B, H, A")
         _check_same("indptr and indices", indptr, indices, 2)
@@ -228,7 +229,7 @@ class BlockIndices:
             inside = (self.row >= 0) & (self.row < rows) & (self.index >= 0) & \
                 (self.index < columns)
             flat = torch.where(inside, self.row * columns + self.index, -1)
-            return mark(flat, rows * columns).unflatten(-1, (rows, columns))
+            return mark(flat, rows * columns).view(*self.lead, rows, columns)
         if self.index.dtype == torch.bool:
             return self.index[:, :, :rows, :columns]
         return mark(self.index[:, :, :rows], columns)

@@ -86,7 +86,7 @@ def signature_of(forward: Any, dtype: torch.dtype, constants: dict[str, Any],
     name = NAMES[dtype]
     types = {"q_ptr": f"*{name}", "k_base": f"*{name}", "v_base": f"*{name}",
              "out_ptr": f"*{name}", "lse_ptr": "*fp32", "scale": "fp32"}
-    types |= {arg: "*i32" for arg in pointers}
+    types |= dict.fromkeys(pointers, "*i32")
     types |= {"union_key_rows": f"*{name}", "union_value_rows": f"*{name}"}
     if constants.get("USE_TMA"):
         for arg, block in (("k_base", "QK_BLOCK"), ("v_base", "V_BLOCK")):

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for masks with runtime slots, and data for them with adversarial overlaps."""
+"""Hypothesis strategies for masks with runtime slots, and for data that overlaps on purpose."""
 
 from __future__ import annotations
 

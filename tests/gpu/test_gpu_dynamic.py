@@ -137,6 +137,7 @@ def test_supersets_follow_the_rule() -> None:
                        widen_slashes(slash, Shape(3000, 3000)))
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_no_host_sync_and_one_graph() -> None:
     case = Case(TRIANGLE | VerticalSlash("vs"), 2048, 2048, 1, 4, 2, 128, dtype=torch.bfloat16)
     q, k, v = make_inputs(case, "cuda")

@@ -11,7 +11,15 @@ from maskdsl import BlockIndices, Shape, VerticalSlash, VSIndices
 from maskdsl.binding import widen_slashes
 from maskdsl.codegen.kernel import interpreting
 from maskdsl.codegen.listing import Lists
-from maskdsl.codegen.tables import CallPlan, Tables, list_members, make_bits, make_table, rank, widen
+from maskdsl.codegen.tables import (
+    CallPlan,
+    Tables,
+    list_members,
+    make_bits,
+    make_table,
+    rank,
+    widen,
+)
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="a GPU is here: see tests/gpu")
 

@@ -360,10 +360,13 @@ def test_pictures(module: Any) -> None:
     assert tried.failed == 0
 
 
+ESTIMATORS = {"block_topk", "flex_prefill", "vertical_slash", "xattention"}  # see test_estimate
+
+
 def test_every_function_is_exported_and_documented() -> None:
     public = {name for module in (classic, trianglemix) for name, value in vars(module).items()
               if callable(value) and value.__module__ == module.__name__ and name[0] != "_"}
-    assert public == set(patterns.__all__)
+    assert public | ESTIMATORS == set(patterns.__all__)
     assert {name for name, _, _, _ in CASES} == public
     for name in public:
         text = getattr(patterns, name).__doc__
