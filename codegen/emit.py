@@ -6,6 +6,7 @@ bounds of the two loops, the mask of a tile, and (where one pays) the dead-tile 
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -185,12 +186,24 @@ def walk_text(plans: tuple[Plan, ...], heads: tuple[int, ...]) -> str:
     for i, plan in enumerate(plans):
         test = f"if kind == {i}:" if i == 0 else "else:" if i == len(plans) - 1 else \
             f"elif kind == {i}:"
-        lines = plan_text(plan).splitlines(keepends=True)
+        lines = own_names(plan_text(plan), f"_{i}").splitlines(keepends=True)
         if all(line.lstrip().startswith(("#", "\n")) or not line.strip() for line in lines):
             lines.append(f"{INDENT}pass\n")  # the empty mask has no step at all
         body = "".join(f"{INDENT}{line}" if line.strip() else line for line in lines)
         text += f"{INDENT}{test}\n{body}"
     return text
+
+
+def own_names(text: str, suffix: str) -> str:
+    """The text with every variable it sets renamed, but for the softmax's state: Triton wants a
+    variable that two branches set to have one type in both."""
+    code = re.compile(r"^\s*(?:for )?(\w+(?:, \w+)*) (?:=|\+=|in) ", re.MULTILINE)
+    found = {name for names in code.findall(text) for name in names.split(", ")}
+    names = re.compile(rf"\b({'|'.join(sorted(found - {'acc', 'total', 'peak'}))})\b(?!=)")
+    if not found - {"acc", "total", "peak"}:
+        return text
+    return "".join(line if line.lstrip().startswith("#") else names.sub(rf"\1{suffix}", line)
+                   for line in text.splitlines(keepends=True))
 
 
 def plan_text(plan: Plan) -> str:

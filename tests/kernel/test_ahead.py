@@ -36,18 +36,57 @@ for mask, dtype, dim, value_dim in [
 print(json.dumps(rows))
 """
 
+SLOTS = """
+import json, sys, torch
+from ahead import SHARED_LIMIT, compile_for, compile_lister
+from maskdsl import (Blocks, Columns, Document, Empty, Full, LastQ, PerHead, Sink, TokenTopK,
+                     VerticalSlash, Window)
+from maskdsl.codegen.tune import Config
+triangle = Sink(8) | Window(512) | LastQ(128)
+chip, rows = sys.argv[1], []
+for mask in [VerticalSlash("vs"), triangle | VerticalSlash("vs"),
+             Blocks("b", 128, 128) | Sink(4) | Window(128), TokenTopK("t"),
+             Columns("c") | Window(512), Document("d") & Window(1024),
+             PerHead([Full(), triangle, VerticalSlash("vs"), Empty(), Sink(9)])]:
+    c = compile_for(chip, mask, torch.bfloat16, 128)
+    rows.append({"what": repr(mask), "shared": c.shared, "spills": c.spills,
+                 "limit": SHARED_LIMIT[chip], "wgmma": "wgmma.mma_async" in c.text})
+c = compile_lister(chip, Blocks("b", 64, 64) | TokenTopK("t"), Config(64, 64, 4, 3))
+rows.append({"what": "lister", "shared": c.shared, "spills": c.spills,
+             "limit": SHARED_LIMIT[chip], "wgmma": True})
+print(json.dumps(rows))
+"""
+
+
+def run_program(program: str, chip: str) -> list[dict[str, Any]]:
+    """The rows a program prints, run where kernels are compiled, not interpreted."""
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", program, chip], text=True,
+                         capture_output=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows: list[dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
+    return rows
+
+
+@pytest.mark.slow
+def test_slots_compile_well_for_hopper() -> None:
+    for row in run_program(SLOTS, "sm_90"):
+        assert row["spills"] == 0 and row["shared"] <= row["limit"] and row["wgmma"], row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["sm_80", "sm_100", "gfx942"])
+def test_slots_compile_elsewhere(chip: str) -> None:
+    for row in run_program(SLOTS, chip):
+        assert row["shared"] <= row["limit"], row
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_default_configs_compile_well(chip: str) -> None:
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM, chip], text=True,
-                         capture_output=True, env=environment, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    rows: list[dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
-    for row in rows:
+    for row in run_program(PROGRAM, chip):
         assert row["spills"] == 0, row
         assert row["shared"] <= row["limit"], row
         if chip == "sm_80" and row["half"]:
