@@ -361,12 +361,13 @@ def test_pictures(module: Any) -> None:
 
 
 ESTIMATORS = {"block_topk", "flex_prefill", "vertical_slash", "xattention"}  # see test_estimate
+POLICIES = {"LayerPolicy", "published_triangle_mix", "triangle_mix"}  # see test_policy
 
 
 def test_every_function_is_exported_and_documented() -> None:
     public = {name for module in (classic, trianglemix) for name, value in vars(module).items()
               if callable(value) and value.__module__ == module.__name__ and name[0] != "_"}
-    assert public | ESTIMATORS == set(patterns.__all__)
+    assert public | ESTIMATORS | POLICIES == set(patterns.__all__)
     assert {name for name, _, _, _ in CASES} == public
     for name in public:
         text = getattr(patterns, name).__doc__
