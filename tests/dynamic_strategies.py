@@ -15,12 +15,16 @@ from maskdsl import (
     Columns,
     Document,
     Documents,
+    Empty,
+    Full,
+    LastQ,
     Mask,
     PerHead,
     Prefix,
     PrefixLengths,
     Shape,
     Sink,
+    Stride,
     TokenIndices,
     TokenTopK,
     VerticalSlash,
@@ -55,7 +59,9 @@ def dynamic_masks(max_leaves: int = 4) -> st.SearchStrategy[Mask]:
 
 def per_head_masks() -> st.SearchStrategy[Mask]:
     """A mask for each head, some of them equal, under a union or a difference."""
-    kinds = st.lists(st.one_of(slot_atoms(), masks(2)), min_size=1, max_size=3)
+    simple = st.one_of(slot_atoms(), st.builds(Window, SIZE), st.builds(LastQ, SIZE),
+                       st.sampled_from([Full(), Empty(), Stride(3), Sink(2) | Window(5)]))
+    kinds = st.lists(simple, min_size=1, max_size=3)
     lists = kinds.flatmap(lambda some: st.lists(st.sampled_from(some), min_size=HEADS,
                                                 max_size=HEADS))
     return st.tuples(lists, st.builds(Sink, SIZE), st.booleans()).map(

@@ -70,8 +70,8 @@ def test_vertical_slash_with_a_triangle(data: st.DataObject, shape: Shape,
 
 
 @interpreted
-@settings(max_examples=20)
-@given(st.data(), per_head_masks(), shapes(max_len=80))
+@settings(max_examples=12)
+@given(st.data(), per_head_masks(), shapes(max_len=60))
 def test_per_head(data: st.DataObject, mask: Mask, shape: Shape) -> None:
     check_random(mask, shape, data.draw(slot_data(mask, shape)), backend="triton", tile=(16, 16))
     check_random(mask, shape, data.draw(slot_data(mask, shape)), backend="torch")
