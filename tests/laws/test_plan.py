@@ -41,7 +41,7 @@ def plan_of(mask: Mask, tile: tuple[int, int]) -> Plan:
 
 def always_sieved(plan: Plan) -> Plan:
     """The plan with its dead-tile test, also where the cost model leaves it out."""
-    ranges = bound_pieces(plan.pieces, plan.block_n)[1]
+    ranges = bound_pieces(plan.pieces, plan.block_n).ranges
     return replace(plan, sieve=write_sieve(plan.pieces, ranges))
 
 
@@ -104,7 +104,7 @@ def test_dead_tiles_are_visited_only_for_pieces_with_jumps(mask: Mask, shape: Sh
     values = plan.run_bounds(shape)
     tiles = np.arange(some.shape[1])
     excused = np.zeros_like(dead)
-    ranges = bound_pieces(plan.pieces, plan.block_n)[1]
+    ranges = bound_pieces(plan.pieces, plan.block_n).ranges
     for piece, span in zip(plan.pieces, ranges, strict=True):
         if not piece.is_affine:
             start, stop = (np.broadcast_to(eval(text, dict(values)), len(values["p_first"]))
