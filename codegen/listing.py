@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from maskdsl.dynamic import ListMask, SlotMask
 
-PAD = 16  # empty words on either side of a set whose words are read without a check
+PAD = 32  # empty words on either side of a set whose words are read without a check
 
 
 @dataclass(frozen=True, slots=True)

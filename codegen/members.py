@@ -149,7 +149,9 @@ def load_lines(plan: Plan, atom: ListMask) -> list[str]:
     lines = []
     if isinstance(atom, VerticalSlash) and not is_table(atom):
         lines += [f"low_{slot} = q_offset + q_len - (p_first - start) - BLOCK_M",
-                  *(f"diagonal_{slot}_{m} = tl.load({name}_slashes + (low_{slot} >> 5) + {m})"
+                  # keys far ahead of the query: behind the set lie empty words
+                  f"first_{slot} = tl.minimum(low_{slot} >> 5, {name}_slash_words)",
+                  *(f"diagonal_{slot}_{m} = tl.load({name}_slashes + first_{slot} + {m})"
                     for m in range(parts + row_words(plan)))]
     if is_table(atom):
         row = f"((q_tile * BLOCK_M) // {blocks_of(atom)[0]}).to(tl.int64)"

@@ -102,6 +102,13 @@ def test_no_index_at_all(backend: str) -> None:
 
 
 @interpreted
+def test_keys_far_ahead_of_the_queries() -> None:
+    check_case(Case(Window(9, 2400) | VerticalSlash("vs"), 40, 2500, dim=16, causal=False,
+                    q_offset=0, options={"backend": "triton", "tile": (32, 32)},
+                    slots={"vs": full_overlap(60)}))
+
+
+@interpreted
 def test_a_chunk_brings_its_own_rows_of_blocks() -> None:
     whole = torch.rand(1, 2, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.4
     for first in range(0, 128, 32):
