@@ -81,11 +81,13 @@ class Bounds:
     hulls: tuple[Segment, ...]
 
 
-def bound_pieces(pieces: tuple[Piece, ...], block_n: int,
-                 sure: tuple[Piece, ...] | None = None) -> Bounds:
+def bound_pieces(pieces: tuple[Piece, ...], block_n: int, sure: tuple[Piece, ...] | None = None,
+                 multiple: int = 1) -> Bounds:
     """Pieces -> bounds text, the tile range of each, full and masked segments.
 
-    sure  the pieces whose cores are live whatever call-time data says, where that is not `pieces`
+    sure      the pieces whose cores are live whatever call-time data says, where that is not
+              `pieces`
+    multiple  full segments are whole multiples of this many tiles; what is over is masked
     """
     lines = Lines()
     if sure is None:
@@ -94,7 +96,7 @@ def bound_pieces(pieces: tuple[Piece, ...], block_n: int,
         ranges = [bound_piece(lines, i, piece, 0) for i, piece in enumerate(pieces)]
         ranges += [bound_piece(lines, len(pieces) + i, piece, block_n)
                    for i, piece in enumerate(sure)]
-    full, masked, hulls = split_segments(lines, merge_prefixes(lines, ranges))
+    full, masked, hulls = split_segments(lines, merge_prefixes(lines, ranges), multiple)
     return Bounds(lines, ranges, full, masked, hulls)
 
 
@@ -203,7 +205,7 @@ def _nest(name: str, args: list[str]) -> str:
     return text
 
 
-def split_segments(lines: Lines, ranges: list[TileRange]) -> tuple[
+def split_segments(lines: Lines, ranges: list[TileRange], multiple: int = 1) -> tuple[
         tuple[Segment, ...], tuple[Segment, ...], tuple[Segment, ...]]:
     """Overlapping ranges -> disjoint full and masked segments (the argument is at the top), and the
     two together."""
@@ -213,6 +215,8 @@ def split_segments(lines: Lines, ranges: list[TileRange]) -> tuple[
     if len(cores) > 1:
         lines.add("# FULL: the union of the cores, each tile once")
     full = unite_ranges(lines, [r.core_start for r in cores], [r.core_stop for r in cores])
+    if multiple > 1:
+        full = tuple(round_segment(lines, i, s, multiple) for i, s in enumerate(full))
     lines.add("# MASKED: the union of the hulls without the cores, each tile once")
     hulls = unite_ranges(lines, [r.start for r in ranges], [r.stop for r in ranges])
     opens = [s.start for s in hulls] + [s.stop for s in full]
@@ -223,6 +227,16 @@ def split_segments(lines: Lines, ranges: list[TileRange]) -> tuple[
             closes.remove(name)
     opens, closes = sort_names(lines, opens), sort_names(lines, closes)
     return full, tuple(map(Segment, opens, closes)), hulls
+
+
+def round_segment(lines: Lines, i: int, segment: Segment, multiple: int) -> Segment:
+    """The end of a segment that is a whole multiple of `multiple` tiles.
+
+    [0, 7) in multiples of 4  -->  [3, 7)
+    """
+    width = segment.stop if segment.start == "0" else f"({segment.stop} - {segment.start})"
+    start = lines.set(f"whole{i}", f"{segment.stop} - {width} // {multiple} * {multiple}")
+    return Segment(start, segment.stop)
 
 
 def unite_ranges(lines: Lines, starts: list[str], stops: list[str]) -> tuple[Segment, ...]:

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit import emit_kernels, emit_lister, merge_lists
+from maskdsl.codegen.hopper import HopperForward, refuse_call, refuse_mask
 from maskdsl.codegen.listing import Parameter
 from maskdsl.codegen.lists import group_heads, parameters
 from maskdsl.codegen.plan import Plan
@@ -81,7 +82,9 @@ class TritonForward:
     """The forward kernels of one mask. One compiled kernel serves every length, batch and head
     count; only dtype, head sizes, and whether tensors are aligned make another."""
 
-    def __init__(self, mask: Mask, config: Config | None = None) -> None:
+    def __init__(self, mask: Mask, config: Config | None = None, *, hopper: bool = False,
+                 must: bool = False) -> None:
+        """hopper: take the Hopper kernel where a call allows; must: raise where it does not."""
         if not can_launch():
             raise BackendError("backend='triton'", "there is no GPU here",
                                "backend='torch', or TRITON_INTERPRET=1 to test on a CPU")
@@ -91,6 +94,19 @@ class TritonForward:
             spans(one)  # a function that cannot be compiled is told now, not at the first call
         self.chosen = config.check() if config else None
         self.variants: dict[tuple[Any, ...], Variant] = {}
+        self.hopper = HopperForward(mask) if hopper else None
+        self.must = must
+
+    def refuse_hopper(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+        """Why the portable kernel runs such a call; "" where the Hopper kernel does."""
+        if self.hopper is None:
+            return "backend='triton' is the portable kernel"
+        if not arch_of(q.device).startswith("sm_9"):
+            return f"{arch_of(q.device)} is no Hopper GPU"
+        if self.chosen is not None:
+            return "a tile was chosen, which only the portable kernel takes"
+        fits = all(fits_tma(t, live_strides(t)) for t in (q, k, v))
+        return refuse_mask(self.mask) or refuse_call(q, v, fits)
 
     @cached_property
     def width(self) -> float:
@@ -147,6 +163,13 @@ class TritonForward:
 
     def _prepare_launch(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
                         scale: float, make_out: OutputMaker, with_lse: bool) -> Call:
+        refused = self.refuse_hopper(q, k, v)
+        if self.must and refused:
+            raise BackendError("backend='hopper'", refused, "leave backend out: the portable "
+                               "kernel takes the call then")
+        if self.hopper is not None and not refused:
+            return self.hopper.prepare(q, k, v, shape, max(scale, LEAST_SCALE) * LOG2_E, make_out,
+                                       with_lse)
         strides = [live_strides(t) for t in (q, k, v, make_out(q)[1])]
         align = common_alignment(strides)
         use_tma = fits_tma(k, strides[1]) and fits_tma(v, strides[2])

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from maskdsl.codegen.plan import Plan
     from maskdsl.codegen.torch_backend import TorchForward
 
-BACKENDS = ("triton", "torch")
+BACKENDS = ("hopper", "triton", "torch")
 READY_LIMIT = 4096  # kinds of calls remembered
 HEAD_DIM = 128  # what `.plan` and `.source` show before the first call
 
@@ -45,8 +45,11 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     mask     the allowed (query, key) pairs
     causal   True (default) intersects with `Causal()`, since these are decoder prefill patterns;
              False takes the mask as it stands (two-sided windows, `PrefixLM`, cross attention)
-    backend  "triton" (GPU), "torch" (any device, differentiable); default: "triton" where there is
-             a GPU, else "torch". What runs is told by `.backend`; nothing falls back in silence.
+    backend  "hopper" (H100, H200: the fastest kernel; static masks, float16 and bfloat16, head
+             dimensions up to 128), "triton" (any GPU), "torch" (any device, differentiable).
+             Default: the first of them that this machine and the mask allow; what "hopper" then
+             cannot take (`.refusal(q, k, v)` says what and why), "triton" computes. A backend
+             asked for by name runs or raises. What was chosen is told by `.backend`.
     layout   "bhld" for [B, H, L, D] tensors, "blhd" for [B, L, H, D]
     scale    softmax scale; default D ** -0.5
     tile     (queries, keys) per tile of the Triton kernel; default: tuned, see `.explain()`
@@ -57,14 +60,18 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
         raise MaskTypeError(f"compile({mask!r})", f"a {type(mask).__name__}, which is not a mask",
                             "an expression such as Sink(4) | Window(2048), or Where(fn)")
     whole = simplify(Causal() & mask if causal else mask)
-    return Attention(whole, pick_backend(backend), check_layout(layout), scale, tile,
-                     check_names(mask))
+    return Attention(whole, pick_backend(backend, whole, tile), check_layout(layout), scale, tile,
+                     check_names(mask), strict=backend is not None)
 
 
-def pick_backend(backend: str | None) -> str:
-    """The backend asked for, or the one for this machine."""
+def pick_backend(backend: str | None, mask: Mask, tile: object = None) -> str:
+    """The backend asked for, or the one for this machine and mask."""
     if backend is None:
-        return "triton" if torch.cuda.is_available() else "torch"
+        if not torch.cuda.is_available():
+            return "torch"
+        from maskdsl.codegen.hopper import is_hopper, refuse_mask
+
+        return "hopper" if is_hopper() and tile is None and not refuse_mask(mask) else "triton"
     if backend not in BACKENDS:
         raise BackendError(f"backend={backend!r}", "unknown backend",
                            " or ".join(f"backend={name!r}" for name in BACKENDS))
@@ -75,11 +82,13 @@ class Attention:
     """Attention under one mask: call it with q, k, v. Made by `compile`."""
 
     def __init__(self, mask: Mask, backend: str, layout: str, scale: float | None,
-                 tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = ()) -> None:
+                 tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = (), *,
+                 strict: bool = True) -> None:
         self.mask = mask
         self.slots = slots  # as the user wrote them: simplification may drop one
         self._used = check_names(mask)
         self.backend = backend
+        self.strict = strict  # the backend was asked for by name
         self.layout = layout
         self.scale = None if scale is None else check_scale(scale, 1)
         self.limit = min((x for node in mask.walk() if (x := node.limit()) is not None),
@@ -102,7 +111,21 @@ class Attention:
         from maskdsl.codegen.kernel import TritonForward
         from maskdsl.codegen.tune import config_for_tile
 
-        return TritonForward(self.mask, config_for_tile(self._tile) if self._tile else None)
+        hopper = self.backend == "hopper"
+        return TritonForward(self.mask, config_for_tile(self._tile) if self._tile else None,
+                             hopper=hopper, must=hopper and self.strict)
+
+    def refusal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+        """Why the Hopper kernel does not take such a call, so that the portable one runs it (or,
+        with backend="hopper", an error is raised); "" where it does."""
+        check_ranks(q, k, v, self.layout)
+        if self.backend == "torch":
+            return "backend='torch'"
+        if self.layout == "blhd":
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        forward: Any = self._forward
+        refused: str = forward.refuse_hopper(q, k, v)
+        return refused
 
     def __repr__(self) -> str:
         return f"<maskdsl attention {self.mask!r}, backend={self.backend!r}>"
@@ -150,7 +173,7 @@ class Attention:
         except (AttributeError, TypeError):
             check_ranks(q, k, v, self.layout)  # says what is no tensor
             raise
-        if self.backend == "triton":
+        if self.backend != "torch":
             check_gradients(q, k, v)
         if call is None:
             call = self._prepare(q, k, v, scale, q_offset, total_len, return_lse, slots)
@@ -168,7 +191,7 @@ class Attention:
         check_ranks(q, k, v, self.layout)
         if self.layout == "blhd":
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        check_tensors(q, k, v, DTYPES if self.backend == "triton" else (*DTYPES, torch.float64))
+        check_tensors(q, k, v, DTYPES if self.backend != "torch" else (*DTYPES, torch.float64))
         shape = Shape(q.shape[2], k.shape[2], q_offset, total_len)  # type: ignore[arg-type]
         check_limit(self.limit, shape, self.mask)
         check_heads(self.heads, q.shape[1])
