@@ -105,7 +105,7 @@ def bound_reach(lines: Lines, first: int, pieces: tuple[Piece, ...]) -> tuple[st
 
     first  the number of the first piece, for names
     """
-    hulls = [_bound_hull(lines, first + i, piece)[:2] for i, piece in enumerate(pieces)]
+    hulls = [bound_hull(lines, first + i, piece)[:2] for i, piece in enumerate(pieces)]
     if not hulls:
         return "0", "0"
     lo = lines.set("reach_lo", _nest("tl.minimum", [lo for lo, _ in hulls]))
@@ -120,7 +120,7 @@ def bound_piece(lines: Lines, i: int, piece: Piece, block_n: int) -> TileRange:
 
     block_n  keys a tile; 0 for no core
     """
-    lo, hi, whole = _bound_hull(lines, i, piece)
+    lo, hi, whole = bound_hull(lines, i, piece)
     start = "0" if lo == "0" else lines.set(f"start{i}", f"{lo} // BLOCK_N")
     stop = f"tl.cdiv(tl.maximum({hi}, 0), BLOCK_N)"
     if lo != "0":
@@ -138,7 +138,7 @@ def bound_piece(lines: Lines, i: int, piece: Piece, block_n: int) -> TileRange:
     return TileRange(start, stop, core_start, core_stop)
 
 
-def _bound_hull(lines: Lines, i: int, piece: Piece) -> tuple[str, str, str]:
+def bound_hull(lines: Lines, i: int, piece: Piece) -> tuple[str, str, str]:
     """(first key, last key + 1, test that all rows have the piece) of one piece's hull."""
     lines.add(f"# {describe_piece(piece)}")
     first, last, alive, whole = _bound_rows(lines, i, piece)

@@ -180,6 +180,14 @@ def pick_section(mask: Mask, kv_len: int, row_bytes: int, groups: int, per_kv_he
     return next(n for n in range(most, 0, -1) if groups % n == 0)
 
 
+def magic(divisor: int) -> tuple[int, int]:
+    """(multiplier as a signed 32-bit number, shift) that divide by `divisor` without a division:
+    n // divisor == (2 n * multiplier >> 32) >> shift for 0 <= n < 2**31."""
+    shift = max(divisor - 1, 0).bit_length()
+    multiplier = -(-(1 << (31 + shift)) // divisor)
+    return multiplier - (1 << 32) * (multiplier >> 31), shift
+
+
 class HopperForward:
     """The Hopper kernels of one mask."""
 
@@ -217,7 +225,9 @@ class HopperForward:
         made = describe_all(q, k, v, make_out(q)[1], config)
         grid = min(cut.items, processors)
         numbers = (cut.items, cut.q_tiles, groups * batch, groups, cut.section, cut.split_first,
-                   cut.split_count, cut.splits, group, shape.q_len, shape.kv_len, shape.q_offset,
+                   cut.split_count, cut.splits, group,
+                   *magic((cut.q_tiles - cut.split_count) * cut.section), *magic(cut.section),
+                   *magic(groups), shape.q_len, shape.kv_len, shape.q_offset,
                    shape.total_len)
         constants = {
             "HEADS_PACKED": config.heads_packed, "SPAN": config.span, "NARROW": config.narrow,
@@ -234,10 +244,9 @@ class HopperForward:
                 parts = torch.empty(sizes[0] * width_of(sizes[1]), dtype=torch.float32,
                                     device=device)
                 part_lse = torch.empty(sizes[0], dtype=torch.float32, device=device)
-            scratch = workspace(device, processors)
             tensors = (q, k, v, k, v, out)
             forward[(grid,)](*(rebase(d, t) for d, t in zip(made, tensors, strict=True)),
-                             q if lse is None else lse, parts, part_lse, scratch[2:], scratch,
+                             q if lse is None else lse, parts, part_lse, queue(device),
                              *numbers, scale, **constants)
             if cut.split_count:
                 combine_parts(out, lse, parts, part_lse, cut, config.span, shape.q_len)
@@ -289,18 +298,18 @@ def describe(t: torch.Tensor, block: tuple[int, ...]) -> Any:
     return made
 
 
-_workspaces: dict[tuple[int, int], torch.Tensor] = {}
+_queues: dict[tuple[int, int], torch.Tensor] = {}
 
 
-def workspace(device: torch.device, processors: int) -> torch.Tensor:
-    """The queue's two counters, 0 between launches, and two letters for each program.
+def queue(device: torch.device) -> torch.Tensor:
+    """The queue's two counters, 0 between launches.
 
-    One for each stream, since launches on two streams may overlap; a graph under capture gets its
-    own, since it may be replayed beside anything.
+    A pair for each stream, since launches on two streams may overlap; a graph under capture gets
+    its own, since it may be replayed beside anything.
     """
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2 + 2 * processors, dtype=torch.int32, device=device)
+        return torch.zeros(2, dtype=torch.int32, device=device)
     key = (device.index or 0, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _workspaces:
-        _workspaces[key] = torch.zeros(2 + 2 * processors, dtype=torch.int32, device=device)
-    return _workspaces[key]
+    if key not in _queues:
+        _queues[key] = torch.zeros(2, dtype=torch.int32, device=device)
+    return _queues[key]
