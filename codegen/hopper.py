@@ -46,7 +46,7 @@ class HopperConfig:
     grain: int
     k_slots: int
     v_slots: int
-    registers: int = 240
+    registers: int = 232
 
     @property
     def span(self) -> int:
@@ -97,9 +97,9 @@ def pick_hopper(mask: Mask, group: int, head_dim: int) -> HopperConfig:
     if not make_plan(mask, ROWS, 32).needs_head:
         packed = next(n for n in (4, 2, 1) if group % n == 0)
     grain, block_n = 32, 128
-    slots = 2 if width_of(head_dim) == 128 else 3
+    slots = (3, 2) if width_of(head_dim) == 128 else (3, 3)
     plan = make_plan(mask, ROWS // packed, grain, block_n // grain)
-    return HopperConfig(packed, pick_narrow(plan, grain, block_n), block_n, grain, slots, slots)
+    return HopperConfig(packed, pick_narrow(plan, grain, block_n), block_n, grain, *slots)
 
 
 def pick_narrow(plan: Plan, grain: int, block_n: int) -> int:
@@ -233,7 +233,7 @@ class HopperForward:
             "HEADS_PACKED": config.heads_packed, "SPAN": config.span, "NARROW": config.narrow,
             "BLOCK_N": config.block_n, "GRAIN": config.grain, "K_SLOTS": config.k_slots,
             "V_SLOTS": config.v_slots, "WITH_LSE": with_lse, "REGISTERS": config.registers,
-            "num_warps": 4, "maxnreg": 168}
+            "num_warps": 4, "maxnreg": 128}
         rows = cut.split_count * config.span
         sizes = (cut.splits * batch * heads * rows, v.shape[3])
 
