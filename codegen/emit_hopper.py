@@ -7,14 +7,11 @@ the mask of one tile (`live_pairs`).
 
 from __future__ import annotations
 
-import sympy
+import re
 
-from maskdsl.codegen.bounds import P_FIRST, Lines, at, bound_hull
 from maskdsl.codegen.emit import count_text, indent, read_template
 from maskdsl.codegen.listing import Segment
 from maskdsl.codegen.plan import Plan
-from maskdsl.spans import ZERO
-from maskdsl.text import write_integer
 
 # compile-time constants that all functions of the file share
 CONSTANTS = ("HEADS_PACKED", "SPAN", "NARROW", "BLOCK_N", "GRAIN", "K_SLOTS", "V_SLOTS", "WITH_LSE")
@@ -27,17 +24,16 @@ LETTER_SIZE = 32
 
 def emit_hopper(plan: Plan) -> str:
     """The kernel file of a plan whose tiles are grains; equal plans give equal text."""
-    extra, extra_names, low = lower_text(plan)
     # the last segment first: the causal border and a sink, both narrow, share the first tile then
     loose, loose_names, loose_at = place_text("loose", plan.masked[-1:] + plan.masked[:-1])
     full, full_names, full_at = place_text("full", plan.full)
-    names = [*loose_names, *full_names, *extra_names] or ["nothing"]
+    names = [*loose_names, *full_names] or ["nothing"]
     state, letter = ", ".join(names), [*LETTER, *names]
     places = range(len(letter))
     assert len(letter) <= LETTER_SIZE
     counts = [f"{name}_count{len(segments) - 1}" if segments else "gl.to_tensor(0)"
               for name, segments in (("loose", plan.masked), ("full", plan.full))]
-    bounds = (*plan.bounds, *loose, *full, *extra,
+    bounds = (*plan.bounds, *loose, *full,
               *(("nothing = gl.to_tensor(0)",) if names == ["nothing"] else ()),
               f"return {', '.join(counts)}, {state}")
     order = "light - 1 - place" if plan.last_first else "place"
@@ -47,9 +43,7 @@ def emit_hopper(plan: Plan) -> str:
         "    # <BOUNDS>\n": indent(in_gluon(bounds)),
         "    # <GRAIN_AT>\n": indent(in_gluon((f"return {loose_at}",))),
         "    # <FULL_AT>\n": indent(in_gluon((f"return {full_at}",))),
-        "    # <LIVE>\n": indent(in_gluon((*plan.rows, f"return {plan.live}"))),
-        "# <MASK_BELOW>\n": MASK_BELOW.replace("<LOW>", low.replace("tl.", "gl.")) if low else "",
-        "<MASK_STEP>": "mask_below" if low else "mask_tile",
+        "# <MASK_TILE>\n": mask_text(plan),
         "    # <TILE_ORDER>\n": indent((f"# the {which} query tiles see most keys: they start first",
                                         f"q_tile = {order}")),
         "    # <WRITE>\n": indent(tuple(f"text = gl.where(place == {i}, {name}, text)"
@@ -110,53 +104,20 @@ def place_text(name: str, segments: tuple[Segment, ...]) -> tuple[list[str], lis
     return lines, names, f"i + {text}" if text != "0" else "i"
 
 
-def lower_text(plan: Plan) -> tuple[list[str], list[str], str]:
-    """Where one compare a pair is enough: lines that set `prefix_end` and `upper_floor`, these
-    names, and the text of the rows' lower bound; all empty where the plan does not prove it.
-
-    Beside ranges that start at key 0 there must be one interval [lo, hi), of every row, with bounds
-    that do not fall: keys from prefix_end = max of the ranges' ends on, below upper_floor = min hi,
-    are live exactly when k >= lo.
-    """
-    prefixes = [piece for piece in plan.pieces if piece.lo == (ZERO,)]
-    others = [piece for piece in plan.pieces if piece.lo != (ZERO,)]
-    if len(others) != 1 or not all(piece.is_affine for piece in plan.pieces):
-        return [], [], ""
-    if others[0].first or others[0].last:
-        return [], [], ""
-    lines = Lines()
-    ends = [bound_hull(lines, LATE + i, piece)[1] for i, piece in enumerate(prefixes)]
-    end = ends[0] if ends else "0"
-    for other in ends[1:]:
-        end = f"tl.maximum({end}, {other})"
-    upper = write_integer(at(others[0].hi, P_FIRST, sympy.Min))
-    return ([*lines.text, f"prefix_end = {end} + 0 * p_first", f"upper_floor = {upper} + 0 * p_first"],
-            ["prefix_end", "upper_floor"], write_integer(sympy.Max(*others[0].lo)))
+INTERVAL = re.compile(r"\((?:\(k >= (\w+)\) & )?\(?k < (\w+)\)?\)")
 
 
-LATE = 100  # pieces are numbered from here where their bounds are written a second time
-
-
-MASK_BELOW = '''@gluon.jit
-def mask_below(s, row, first, count, <STATE>, q_tile, q_len, kv_len, q_offset, total_len, batch,
-               head, SPAN: gl.constexpr, GRAIN: gl.constexpr):
-    """`mask_tile`, with one compare a pair where only the rows' lower bound can cut a pair off."""
-    ROWS: gl.constexpr = s.shape[1]
-    L: gl.constexpr = s.type.layout
-    low = gl.to_tensor(FAR)
-    high = gl.to_tensor(-1)
-    for j in gl.static_range(ROWS // GRAIN):
-        start = start_of(first + j, count, <STATE>, GRAIN)
-        low = gl.minimum(low, start)
-        high = gl.maximum(high, gl.where(start == FAR, -1, start))
-    if (low >= prefix_end) & (high + GRAIN <= upper_floor):
-        p = gl.expand_dims(q_offset + q_tile * SPAN + row, 1)
-        k = keys_at(first, count, <STATE>, ROWS, GRAIN, -FAR, L)
-        s = gl.where(k >= <LOW>, s, float("-inf"))
-    else:
-        s = mask_tile(s, row, first, count, <STATE>, q_tile, q_len, kv_len, q_offset, total_len,
-                      batch, head, SPAN, GRAIN)
-    return s
-
-
-'''
+def mask_text(plan: Plan) -> str:
+    """The functions that mask a tile: by words of bits where the mask of a row is a union of
+    intervals, else pair by pair."""
+    words = []
+    for test in plan.tests:
+        found = INTERVAL.fullmatch(test)
+        if found is None:
+            return read_template("hopper_mask").replace(
+                "    # <LIVE>\n", indent(in_gluon((*plan.rows, f"return {plan.live}"))))
+        low, high = found.groups()
+        word = f"below({high} - start)"
+        words.append(f"({word} & ~below({low} - start))" if low else word)
+    lines = (*in_gluon(plan.rows), "start = start + p * 0", f"return {' | '.join(words)}")
+    return read_template("hopper_words").replace("    # <WORDS>\n", indent(lines))
