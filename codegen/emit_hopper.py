@@ -8,6 +8,7 @@ the mask of one tile (`live_pairs`).
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from maskdsl.codegen.emit import count_text, indent, read_template
 from maskdsl.codegen.listing import Segment
@@ -24,33 +25,28 @@ LETTER_SIZE = 32
 
 def emit_hopper(plan: Plan) -> str:
     """The kernel file of a plan whose tiles are grains; equal plans give equal text."""
-    # the last segment first: the causal border and a sink, both narrow, share the first tile then
-    loose, loose_names, loose_at = place_text("loose", plan.masked[-1:] + plan.masked[:-1])
-    full, full_names, full_at = place_text("full", plan.full)
-    names = [*loose_names, *full_names] or ["nothing"]
+    loose, full = places_of(plan)
+    names = state_names(plan)
     state, letter = ", ".join(names), [*LETTER, *names]
-    places = range(len(letter))
-    assert len(letter) <= LETTER_SIZE
-    counts = [f"{name}_count{len(segments) - 1}" if segments else "gl.to_tensor(0)"
-              for name, segments in (("loose", plan.masked), ("full", plan.full))]
-    bounds = (*plan.bounds, *loose, *full,
+    counts = [f"{place.name}_count{len(place.lines)}" if place.lines else "gl.to_tensor(0)"
+              for place in (loose, full)]
+    bounds = (*plan.bounds, *loose.lines, *full.lines,
               *(("nothing = gl.to_tensor(0)",) if names == ["nothing"] else ()),
               f"return {', '.join(counts)}, {state}")
-    order = "light - 1 - place" if plan.last_first else "place"
-    which = "last" if plan.last_first else "first"
+    order, which = ("light - 1 - place", "last") if plan.last_first else ("place", "first")
     pieces = {
         "<HEADER>\n": header_text(plan),
         "    # <BOUNDS>\n": indent(in_gluon(bounds)),
-        "    # <GRAIN_AT>\n": indent(in_gluon((f"return {loose_at}",))),
-        "    # <FULL_AT>\n": indent(in_gluon((f"return {full_at}",))),
+        "    # <GRAIN_AT>\n": indent(in_gluon((f"return {loose.text}",))),
+        "    # <FULL_AT>\n": indent(in_gluon((f"return {full.text}",))),
         "# <MASK_TILE>\n": mask_text(plan),
-        "    # <TILE_ORDER>\n": indent((f"# the {which} query tiles see most keys: they start first",
-                                        f"q_tile = {order}")),
+        "    # <TILE_ORDER>\n": indent((
+            f"# the {which} query tiles see most keys: they start first", f"q_tile = {order}")),
         "    # <WRITE>\n": indent(tuple(f"text = gl.where(place == {i}, {name}, text)"
                                         for i, name in enumerate(letter))),
-        "    # <READ>\n": indent((f"return {', '.join(f'word_of(letter, {i})' for i in places)}",)),
+        "    # <READ>\n": indent((
+            f"return {', '.join(f'word_of(letter, {i})' for i in range(len(letter)))}",)),
         "<LETTER>": ", ".join(letter),
-        "<NEXT_STATE>": ", ".join(f"next_{name}" for name in names),
         "<STATE>": state,
         "<CONSTANTS>": ", ".join(f"{name}: gl.constexpr" for name in CONSTANTS),
         "<CONSTANT_NAMES>": ", ".join(CONSTANTS),
@@ -59,6 +55,24 @@ def emit_hopper(plan: Plan) -> str:
     for mark, text in pieces.items():
         template = template.replace(mark, text)
     return template
+
+
+def fits_letter(plan: Plan) -> bool:
+    """Whether what an item must know of the mask fits a letter."""
+    return len(LETTER) + len(state_names(plan)) <= LETTER_SIZE
+
+
+def places_of(plan: Plan) -> tuple[Place, Place]:
+    """Where the loose grains and the FULL tiles of an item lie."""
+    # the last segment first: the causal border and a sink, both narrow, share the first tile then
+    return (place_text("loose", plan.masked[-1:] + plan.masked[:-1]),
+            place_text("full", plan.full))
+
+
+def state_names(plan: Plan) -> list[str]:
+    """The mask's own numbers of an item."""
+    loose, full = places_of(plan)
+    return [*loose.names, *full.names] or ["nothing"]
 
 
 def header_text(plan: Plan) -> str:
@@ -74,34 +88,42 @@ def in_gluon(lines: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(line.replace("tl.", "gl.") for line in lines)
 
 
-def place_text(name: str, segments: tuple[Segment, ...]) -> tuple[list[str], list[str], str]:
-    """Several segments as one range: lines that set counts and shifts, the names `place i` needs,
-    and its text.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Several segments as one range: lines that set counts and shifts, the names `text` needs, and
+    the text of the grain at virtual index i."""
 
-    [a, b) + [c, d)  -->  count0 = b - a, shift1 = c - count0, count1 = count0 + (d - c);
-                          i + where(i < count0, a, shift1)
+    name: str
+    lines: tuple[str, ...]
+    names: tuple[str, ...]
+    text: str
+
+
+def place_text(name: str, segments: tuple[Segment, ...]) -> Place:
+    """[a, b) + [c, d)  -->  count1 = b - a, shift1 = c - count1, count2 = count1 + d - c;
+    i + where(i < count1, a, shift1)
     """
     lines: list[str] = []
     names: list[str] = []
     shifts: list[str] = []
     done = ""
     for n, segment in enumerate(segments):
-        width = segment.stop if segment.start == "0" else f"({segment.stop} - {segment.start})"
         shift = segment.start
         if done:
             shift = f"{name}_shift{n}"
-            lines.append(f"{shift} = {segment.start} - {done}")
         shifts.append(shift)
         if not shift.isdigit():
             names.append(shift)
-        total = f"{name}_count{n}"
-        lines.append(f"{total} = {f'{done} + {width}' if done else width.strip('()')}")
+        start, total = segment.start, f"{name}_count{n + 1}"
+        width = segment.stop if start == "0" else f"{segment.stop} - {start}"
+        lines.append(f"{total} = {done} + {width}; {shift} = {start} - {done}" if done else
+                     f"{total} = {width}")
         done = total
     text = shifts[-1] if shifts else "0"
     for n in range(len(shifts) - 2, -1, -1):
-        text = f"tl.where(i < {name}_count{n}, {shifts[n]}, {text})"
-        names.append(f"{name}_count{n}")
-    return lines, names, f"i + {text}" if text != "0" else "i"
+        text = f"tl.where(i < {name}_count{n + 1}, {shifts[n]}, {text})"
+        names.append(f"{name}_count{n + 1}")
+    return Place(name, tuple(lines), tuple(names), f"i + {text}" if text != "0" else "i")
 
 
 INTERVAL = re.compile(r"\((?:\(k >= (\w+)\) & )?\(?k < (\w+)\)?\)")

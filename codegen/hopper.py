@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import triton
 
 from maskdsl.codegen.build import load_module
-from maskdsl.codegen.emit_hopper import emit_hopper
+from maskdsl.codegen.emit_hopper import emit_hopper, fits_letter
 from maskdsl.codegen.hopper_kernels import combine
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import LONG, make_plan, mean_row_width
@@ -25,8 +24,11 @@ if TYPE_CHECKING:
     from maskdsl.codegen.kernel import Call, OutputMaker
 
 ROWS = 128  # of an item: two warp groups of 64
+GRAIN, BLOCK_N = 32, 128  # keys of a grain (the bits of a word) and of a tile
+TILE = BLOCK_N // GRAIN
 L2_BYTES = 32 << 20  # keys and values of the heads that run side by side should fit the L2 cache
 SHARE = 0.5  # an item longer than this part of one multiprocessor's work is cut along its keys
+LEAST_SHARE = 16.0  # steps; joining the parts costs a launch
 MAX_SPLITS = 64
 
 
@@ -35,15 +37,12 @@ class HopperConfig:
     """How the kernel is cut.
 
     heads_packed  query heads of an item; they share a key/value head and so its key tiles
-    narrow        keys of an item's first tile
-    block_n       keys of every other tile
-    grain         keys of a grain
+    narrow        keys of an item's first tile; every other has BLOCK_N
+    k_slots       tiles of keys in flight; v_slots: of values
     """
 
     heads_packed: int
     narrow: int
-    block_n: int
-    grain: int
     k_slots: int
     v_slots: int
     registers: int = 232
@@ -69,6 +68,8 @@ def refuse_mask(mask: Mask) -> str:
         return "the mask reads data that comes with the call"
     if make_plan(mask, 64, 64).sieve is not None:
         return "the mask has dead tiles inside its intervals, which only the portable kernel skips"
+    if not fits_letter(make_plan(mask, ROWS // 4, GRAIN, TILE)):
+        return "the mask has too many separate intervals"
     return ""
 
 
@@ -94,24 +95,22 @@ def width_of(dim: int) -> int:
 def pick_hopper(mask: Mask, group: int, head_dim: int) -> HopperConfig:
     """The config for a mask, heads per key/value head and head dimension."""
     packed = 1
-    if not make_plan(mask, ROWS, 32).needs_head:
+    if not make_plan(mask, ROWS, GRAIN).needs_head:
         packed = next(n for n in (4, 2, 1) if group % n == 0)
-    grain, block_n = 32, 128
     slots = (3, 2) if width_of(head_dim) == 128 else (3, 3)
-    plan = make_plan(mask, ROWS // packed, grain, block_n // grain)
-    return HopperConfig(packed, pick_narrow(plan, grain, block_n), block_n, grain, *slots)
+    plan = make_plan(mask, ROWS // packed, GRAIN, TILE)
+    return HopperConfig(packed, pick_narrow(plan), *slots)
 
 
-def pick_narrow(plan: Plan, grain: int, block_n: int) -> int:
+def pick_narrow(plan: Plan) -> int:
     """The width of the first tile that leaves the fewest empty columns in a long call."""
     loose, _ = count_grains(plan, LONG)
-    tile = block_n // grain
 
     def columns(narrow: int) -> float:
-        rest = np.maximum(loose - narrow // grain, 0)
-        return float((narrow + block_n * -(-rest // tile)).mean())
+        rest = np.maximum(loose - narrow // GRAIN, 0)
+        return float((narrow + BLOCK_N * -(-rest // TILE)).mean())
 
-    return min((n for n in (128, 64, 32) if n >= grain), key=columns)
+    return min((128, 64, 32), key=columns)
 
 
 def count_grains(plan: Plan, shape: Shape) -> tuple[Any, Any]:
@@ -126,9 +125,8 @@ def count_grains(plan: Plan, shape: Shape) -> tuple[Any, Any]:
 def count_steps(plan: Plan, config: HopperConfig, shape: Shape) -> Any:
     """Steps of every query tile after its first tile, int64[query tiles]."""
     loose, full = count_grains(plan, shape)
-    tile = config.block_n // config.grain
-    masked = -(-np.maximum(loose - config.narrow // config.grain, 0) // tile)
-    return np.maximum(masked + full // tile, 1)
+    masked = -(-np.maximum(loose - config.narrow // GRAIN, 0) // TILE)
+    return np.maximum(masked + full // TILE, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +156,7 @@ def schedule(plan: Plan, config: HopperConfig, shape: Shape, groups: int, sectio
     if plan.needs_head:
         return whole
     steps = count_steps(plan, config, shape) + 1
-    share = max(float(steps.sum()) * groups / processors * SHARE, 4.0)
+    share = max(float(steps.sum()) * groups / processors * SHARE, LEAST_SHARE)
     heavy = np.flatnonzero(steps > share)
     if not heavy.size or heavy[-1] - heavy[0] + 1 != heavy.size:
         return whole
@@ -203,7 +201,7 @@ class HopperForward:
     def kernel(self, config: HopperConfig) -> tuple[Plan, Any]:
         """Plan and JIT function for one config."""
         if config not in self.modules:
-            plan = make_plan(self.mask, config.span, config.grain, config.block_n // config.grain)
+            plan = make_plan(self.mask, config.span, GRAIN, TILE)
             self.modules[config] = plan, load_module(emit_hopper(plan)).forward
         return self.modules[config]
 
@@ -231,15 +229,17 @@ class HopperForward:
                    shape.total_len)
         constants = {
             "HEADS_PACKED": config.heads_packed, "SPAN": config.span, "NARROW": config.narrow,
-            "BLOCK_N": config.block_n, "GRAIN": config.grain, "K_SLOTS": config.k_slots,
+            "BLOCK_N": BLOCK_N, "GRAIN": GRAIN, "K_SLOTS": config.k_slots,
             "V_SLOTS": config.v_slots, "WITH_LSE": with_lse, "REGISTERS": config.registers,
             "num_warps": 4, "maxnreg": 128}
         rows = cut.split_count * config.span
         sizes = (cut.splits * batch * heads * rows, v.shape[3])
 
+        nothing = torch.empty(1, dtype=torch.float32, device=device)  # of the type of real parts
+
         def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
             result, out, lse = make_out(q)
-            parts = part_lse = q
+            parts = part_lse = nothing
             if cut.split_count:
                 parts = torch.empty(sizes[0] * width_of(sizes[1]), dtype=torch.float32,
                                     device=device)
@@ -279,7 +279,7 @@ def describe_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.T
     half = max(config.heads_packed // 2, 1)
     item = (1, half, 64 // half)
     d, dv = width_of(q.shape[3]), width_of(v.shape[3])
-    tile, grain = (1, 1, config.block_n), (1, 1, config.grain)
+    tile, grain = (1, 1, BLOCK_N), (1, 1, GRAIN)
     return [describe(q, (*item, d)), describe(k, (*tile, d)), describe(v, (*tile, dv)),
             describe(k, (*grain, 64)), describe(v, (*grain, 64)), describe(out, (*item, dv))]
 

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+# ruff: noqa: PLR0913, PLR0917
 """The kernel that joins the key ranges of cut items. Plain Triton, the same for every mask."""
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ MASKS: list[tuple[Mask, bool]] = [
     (Window(7), True),
     (Chunk(192), True),
     (PrefixLM(130), False),
-    (BlockDiagonal([300, 500, 1200, 4000]), True),
+    (BlockDiagonal([700, 4000]), True),
     (Where(lambda b, h, q, k: q - k < 40 * (h + 1)), True),
     (LastQ(100) - Sink(50), True),
     (~Window(300), True),
@@ -170,7 +170,7 @@ def test_what_it_does_not_take() -> None:
     assert maskdsl.compile(Causal() & Window(8), backend="triton").refusal(*half)
 
 
-@pytest.mark.parametrize("mask", [TRIANGLE, Full()], ids=repr)
+@pytest.mark.parametrize("mask", [Sink(9) | Window(500) | LastQ(70), Full() - Sink(3)], ids=repr)
 def test_one_binary_for_every_length(mask: Mask) -> None:
     attn = maskdsl.compile(mask, backend="hopper")
     forward: Any = attn._forward.hopper  # type: ignore[union-attr]
