@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from maskdsl.codegen.workload import KindWork
 
 Table = list[tuple[str, list[str]]]  # (label, lines)
+BOUNDS = {"compute": "compute-bound", "memory": "memory-bound",
+          "longest item": "bound by its longest item", "host": "bound by the host"}
 MANY_HEADS = 8  # kinds of heads told one by one; the rest is summed up
 
 
@@ -48,14 +50,14 @@ def table_of(told: Explanation) -> Table:
     """Everything an explanation says, as labels and lines."""
     shape, call = told.shape, told.call
     several = call.batch * call.heads
-    heads = f"{call.heads} head{'' if call.heads == 1 else 's'}"
+    heads = f"{call.heads} query head{'' if call.heads == 1 else 's'}"
     table: Table = [
         ("mask", [told.mask]),
         *([("written", [told.written])] if told.laws else []),
         *([("laws used", list(told.laws))] if told.laws else []),
         ("call", [f"{shape.q_len:,} queries at {shape.q_offset:,}, {shape.kv_len:,} keys, prompt "
-                  f"of {shape.total_len:,}; batch {call.batch}, {heads} over {call.kv_heads}, "
-                  f"dimension {call.head_dim}"]),
+                  f"of {shape.total_len:,}",
+                  f"batch {call.batch}, {heads} over {call.kv_heads}, dimension {call.head_dim}"]),
         ("backend", [f"{told.backend} ({told.why}), tiles of {told.tile[0]} queries x "
                      f"{told.tile[1]} keys"]),
         ("live pairs", [share(told.live_pairs, several * shape.q_len * shape.kv_len),
@@ -66,8 +68,8 @@ def table_of(told: Explanation) -> Table:
         ("dense causal", [f"{told.tile_speedup:.1f}x as many tiles"]),
         ("memory", [f"mask {'by its data' if told.mask_bytes is None else told.mask_bytes}"
                     f"{'' if told.mask_bytes is None else ' bytes'}; inputs {told.input_bytes:,}; "
-                    f"output {told.output_bytes:,}; a dense mask would take "
-                    f"{told.dense_bytes:,}"]),
+                    f"output {told.output_bytes:,}",
+                    f"a dense mask of one head would take {told.dense_bytes:,}"]),
         *([("slots", [slot_line(told)])] if told.slots else []),
     ]
     if len(told.kinds) > 1:
@@ -124,18 +126,20 @@ def predicted_lines(told: Explanation) -> list[str]:
     if found is None or told.dense is None:
         return [f"nothing: {told.no_prediction}"]
     data = "" if told.counted or not told.slots else "; all tokens taken as one document"
-    lines = [f"{ms(found.ms)} on {found.chip}, backend {found.target}, tiles of {found.tile[0]} x "
-             f"{found.tile[1]}: a prediction from measured rates, not a measurement{data}"]
+    lines = [f"{ms(found.ms)} on {found.chip} (backend {found.target}, tiles of {found.tile[0]} x "
+             f"{found.tile[1]})",
+             f"a prediction from measured rates, not a measurement{data}"]
     if found.listing_ms or found.estimate_ms:
         lines.append(f"of it {ms(found.kernel_ms)} the kernel, {ms(found.listing_ms)} lists from "
                      f"the data, {ms(found.estimate_ms)} estimating the data")
     live = "" if found.live_tflop is None else f", {found.live_tflop:.3g} on live pairs"
-    lines.append(f"bound by {found.bound_by}: steps {ms(found.compute_ms)}, longest item "
+    lines.append(f"{BOUNDS[found.bound_by]}: steps {ms(found.compute_ms)}, longest item "
                  f"{ms(found.longest_ms)}, memory {ms(found.memory_ms)}, host {ms(found.host_ms)}")
     lines.append(f"{found.tile_tflop:.3g} TFLOP on visited tiles{live}; at the rate of a matrix "
                  f"product {ms(found.roof_ms)}")
     crossing = "" if told.crossover is None else f"; faster from {told.crossover:,} tokens on"
-    lines.append(f"dense causal {ms(told.dense.ms)}: {told.dense.ms / found.ms:.3g}x{crossing}")
+    lines.append(f"dense causal {ms(told.dense.ms)}: {told.dense.ms / found.ms:.3g}x as long"
+                 f"{crossing}")
     return [*lines, *found.notes]
 
 
