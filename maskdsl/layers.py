@@ -2,8 +2,8 @@
 
 A policy with `dense_fallback=True` says that its masks stand for dense attention. Then each call is
 decided from what the host knows (lengths, sizes of lists): dense attention runs where it is
-predicted to be no slower. `choose` and `explain` tell what is decided and why, MASKDSL_DEBUG=1
-prints it, and a mask compiled by `compile` is never replaced.
+predicted to be no slower. `choose`, `choices` and `explain` tell what is decided and why,
+MASKDSL_DEBUG=1 prints it, and a mask compiled by `compile` is never replaced.
 """
 
 from __future__ import annotations
@@ -88,6 +88,11 @@ class Layers:
 
     def __repr__(self) -> str:
         return f"<maskdsl layers of {self.policy!r}>"
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """What was decided so far, each kind of call once."""
+        return tuple(self._choices.values())
 
     def attention(self, layer: int) -> Attention:
         """The compiled mask of a layer itself, which never falls back."""

@@ -88,6 +88,7 @@ def test_what_runs_is_what_was_chosen(layout: str) -> None:
     exact = compile(Full(), backend="torch", layout=layout)(q, k, v)
     assert layers.choose(0, 100, heads=4, kv_heads=2, head_dim=16, vs=few).is_dense
     assert torch.equal(out, exact)
+    assert layers.choices[0].is_dense and "dense attention runs" in layers.choices[0].reason
     out, lse = layers(1, q, k, v, return_lse=True)
     assert lse.shape == (1, 4, 100) and torch.equal(out, exact)
 
