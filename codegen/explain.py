@@ -21,7 +21,7 @@ from maskdsl.codegen.forecast import (
 )
 from maskdsl.codegen.lists import base_of, group_heads, sort_atoms
 from maskdsl.codegen.rates import Rates
-from maskdsl.codegen.report import Table, as_dict, html, markdown, table_of, text
+from maskdsl.codegen.report import Table, as_dict, html, markdown, rich_table, table_of, text
 from maskdsl.codegen.visits import Visited
 from maskdsl.codegen.workload import CallHeads, KindWork, count_work
 from maskdsl.expr import Mask
@@ -194,6 +194,10 @@ class Explanation:
 
     def __str__(self) -> str:
         return text(self.table())
+
+    def __rich__(self) -> Any:
+        """What the `rich` package prints."""
+        return rich_table(self.table())
 
     def _repr_html_(self) -> str:
         return html(self.table())

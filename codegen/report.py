@@ -39,10 +39,23 @@ def html(table: Table) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
+def rich_table(table: Table) -> Any:
+    """A table of the `rich` package, which asks for it and so is there."""
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    grid = Grid(show_header=False, box=None, padding=(0, 1))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, lines in table:
+        grid.add_row(label, Text("\n".join(lines)))  # as it is: a bracket is no markup
+    return grid
+
+
 def share(part: int | None, whole: int) -> str:
     """12 of 48 (25 %)."""
     if part is None:
-        return "not counted (opaque over too many pairs)"
+        return "not counted: too many pairs to test"
     return f"{part:,} of {whole:,} ({100 * part / max(1, whole):.3g} %)"
 
 
@@ -77,7 +90,7 @@ def table_of(told: Explanation) -> Table:
                                 enumerate(told.kinds[:MANY_HEADS])] + more_kinds(told)))
     table += [("predicted", predicted_lines(told)),
               *([("fallback", [told.fallback])] if told.fallback else []),
-              *([("pieces", list(told.pieces))] if told.pieces else [])]
+              *([("rows", row_lines(told))] if told.pieces or told.slots else [])]
     return table
 
 
@@ -120,6 +133,18 @@ def more_kinds(told: Explanation) -> list[str]:
             f"{sum(kind.visited.steps for kind in rest):,} tiles"]
 
 
+def row_lines(told: Explanation) -> list[str]:
+    """Which rows see which keys, a line for each piece of each class of rows."""
+    lines = []
+    for i, kind in enumerate(told.kinds[:MANY_HEADS]):
+        head = f"heads {i}, " if len(told.kinds) > 1 else ""
+        for rows in kind.rows:
+            lines.append(f"{head}{rows.first:,} to {rows.stop - 1:,}: {rows.full:,} full + "
+                         f"{rows.masked:,} masked tiles a head")
+            lines += [f"  {keys}" for keys in rows.keys] or ["  no key"]
+    return lines
+
+
 def predicted_lines(told: Explanation) -> list[str]:
     """Predicted time and the roofs, each named as what it is."""
     found = told.prediction
@@ -152,7 +177,7 @@ def as_dict(told: Explanation) -> dict[str, Any]:
     """Plain numbers, texts, lists and dicts."""
     def kind(one: KindWork) -> dict[str, Any]:
         return {"mask": repr(one.mask), "heads": one.heads, "live_pairs": one.live_pairs,
-                "visited": asdict(one.visited)}
+                "visited": asdict(one.visited), "rows": [row.to_dict() for row in one.rows]}
 
     return {
         "mask": told.mask, "written": told.written, "laws": list(told.laws),

@@ -17,6 +17,7 @@ from maskdsl.codegen.lists import base_of, group_heads
 from maskdsl.codegen.live import count_live
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan
+from maskdsl.codegen.row_classes import RowClass, classify_rows
 from maskdsl.codegen.visits import Visited, count_visits
 from maskdsl.dynamic import slots_of
 from maskdsl.expr import Mask
@@ -26,6 +27,7 @@ from maskdsl.tiles import count_pairs
 from maskdsl.trace import BATCH, HEAD, Condition, Ge, Has, is_traceable
 
 PAIR_LIMIT = 1 << 30  # pairs of one head tested one by one where no interval decides
+LIST_LIMIT = 1 << 36  # the same, where lists decide: 64 pairs at a time, and most words not at all
 OPAQUE_LIMIT = 1 << 26  # the same, where every pair is a call of the user's function
 
 
@@ -49,6 +51,7 @@ class KindWork:
     live_pairs  None where it could only be told by testing too many pairs
     visited     steps of the loops
     plan        how their kernel walks the mask
+    rows        which rows see which keys; () where they were not asked for
     """
 
     mask: Mask
@@ -56,6 +59,7 @@ class KindWork:
     live_pairs: int | None
     visited: Visited
     plan: Plan
+    rows: tuple[RowClass, ...] = ()
 
 
 def count_work(mask: Mask, tile: tuple[int, int], shape: Shape, call: CallHeads,
@@ -63,6 +67,7 @@ def count_work(mask: Mask, tile: tuple[int, int], shape: Shape, call: CallHeads,
                widen: Callable[[Mask], Mask] | None = None) -> tuple[KindWork, ...]:
     """The work of every kind of head of a simplified mask; `tile` in tokens.
 
+    with_pairs  whether live pairs and classes of rows are wanted too
     data     the slots' data, checked; None: lists count as empty, all tokens as one document
     widen    gives the mask whose plan is walked, a superset, where a mask cannot be traced
     """
@@ -76,7 +81,8 @@ def count_work(mask: Mask, tile: tuple[int, int], shape: Shape, call: CallHeads,
             visited = visited.plus(count_visits(plan, shape, bound, batch, head), times)
             more = live_pairs(one, shape, bound, batch, head) if live is not None else None
             live = None if live is None or more is None else live + times * more
-        found.append(KindWork(one, len(heads) or call.heads, live, visited, plan))
+        rows = classify_rows(plan, shape) if with_pairs else ()
+        found.append(KindWork(one, len(heads) or call.heads, live, visited, plan, rows))
     return tuple(found)
 
 
@@ -123,6 +129,8 @@ def live_pairs(mask: Mask, shape: Shape, data: HeadData | None, batch: int,
         return count_pairs(base, shape, head) if exact or few else None
     if all(piece.is_exact for piece in pieces):
         return count_pairs(mask, shape, head, batch, data.bound)
+    if shape.q_len * shape.kv_len > LIST_LIMIT:
+        return None
     return count_live(mask, data) if few or not any(_tests_keys(p.rest) for p in pieces) else None
 
 

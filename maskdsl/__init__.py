@@ -6,7 +6,7 @@
 """
 
 from maskdsl import errors
-from maskdsl.api import Attention, compile
+from maskdsl.api import Attention, compile, explain
 from maskdsl.atoms import (
     Band,
     Causal,
@@ -52,6 +52,6 @@ __all__ = [
     "Full", "KeyRange", "LastQ", "Layers", "ListSizes", "Mask", "MaskDSLError", "PerHead",
     "Prefix", "PrefixLM", "PrefixLengths", "QueryRange", "RandomBlocks", "Shape", "Sink", "Slash",
     "Stride", "TokenIndices", "TokenTopK", "VSIndices", "Vertical", "VerticalSlash", "Where",
-    "Window", "compile", "compile_layers", "dense", "dense_attention", "errors", "from_json",
-    "save_picture", "simplify",
+    "Window", "compile", "compile_layers", "dense", "dense_attention", "errors", "explain",
+    "from_json", "save_picture", "simplify",
 ]

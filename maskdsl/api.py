@@ -227,3 +227,14 @@ class Attention:
                          self.slots, self.backend, self.asked, self._tile, self.limit)
         return explain(known, shape, Sizes(batch, heads, kv_heads, head_dim, value_dim), chip,
                        estimator, slots)
+
+
+def explain(mask: Mask, q_len: int, kv_len: int | None = None, *, causal: bool = True,
+            backend: str | None = None, **options: Any) -> Explanation:
+    """What a call under `mask` costs: `compile(mask, ...).explain(q_len, kv_len, ...)`.
+
+    >>> from maskdsl import Window, explain
+    >>> explain(Window(4), 100).live_pairs
+    394
+    """
+    return compile(mask, causal=causal, backend=backend).explain(q_len, kv_len, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
@@ -22,6 +23,7 @@ from maskdsl import (
     Document,
     Documents,
     Full,
+    KeyRange,
     LastQ,
     Mask,
     PerHead,
@@ -41,6 +43,7 @@ from maskdsl.codegen.call_data import HeadData
 from maskdsl.codegen.lists import group_heads
 from maskdsl.codegen.live import count_live, count_ones, count_ones_by_sums
 from maskdsl.codegen.planner import make_plan
+from maskdsl.codegen.row_classes import classify_rows
 from maskdsl.codegen.visits import count_visits, cover_slashes
 from maskdsl.codegen.workload import CallHeads, count_work
 from maskdsl.errors import BackendError, HeadCountError, MissingSlotError, SlotDataError
@@ -255,6 +258,62 @@ def test_every_form_says_the_same() -> None:
         assert f"{told.live_pairs:,}" in form and "predicted" in form
     assert "\\|" in told.markdown() and "<table>" in told._repr_html_()
     assert "kernel" in told.graph and told.graph.number_of_nodes() > 5
+
+
+def test_rows_are_told_in_words_and_add_up() -> None:
+    mask = Sink(4) | Window(300) | LastQ(64) | KeyRange(100, 200)
+    told = compile(mask, backend="torch").explain(1000)
+    (kind,) = told.kinds
+    early, late = kind.rows
+    assert (early.first, early.stop, late.first, late.stop) == (0, 936, 936, 1000)
+    assert set(early.keys) == {"the first 4 keys up to p", "the last 300 keys up to p",
+                               "keys [100, min(200, min(kv_len, p + 1)))"}
+    assert "all keys up to p" in late.keys and "all keys up to p" not in early.keys
+    assert sum(row.items for row in kind.rows) == 8
+    assert sum(row.full for row in kind.rows) == told.full_tiles
+    assert sum(row.masked for row in kind.rows) == told.masked_tiles
+    assert "936 to 999" in str(told)
+
+
+@settings(max_examples=30)
+@given(st.data(), st.one_of(masks(3), dynamic_masks(3)), shapes())
+def test_classes_of_rows_cover_every_row_and_tile(data: st.DataObject, mask: Mask,
+                                                  shape: Shape) -> None:
+    plan = make_plan(simplify(mask), 16, 16)
+    rows = classify_rows(plan, shape)
+    assert [row.first for row in rows[1:]] == [row.stop for row in rows[:-1]]
+    if shape.q_len:
+        assert rows[0].first == 0 and rows[-1].stop == shape.q_len
+    assert sum(row.items for row in rows) == -(-shape.q_len // 16)
+    assert (sum(r.full for r in rows), sum(r.masked for r in rows)) == plan.count_tiles(shape)
+
+
+@pytest.mark.parametrize(("mask", "words"), [
+    (Full(), "all keys"), (Causal(), "all keys up to p"), (Sink(9), "the first 9 keys"),
+    (Causal() & Window(7), "the last 7 keys up to p"), (Window(3, 2), "keys p - 2 to p + 2"),
+    (Stride(3), "all keys, tested pair by pair"),
+    (Columns("c"), "all keys that Columns('c') lists"),
+    (Full() - Columns("c"), "all keys that Columns('c') does not list"),
+])
+def test_words_for_keys(mask: Mask, words: str) -> None:
+    (row,) = classify_rows(make_plan(simplify(mask), 16, 16), Shape(50, 50))
+    assert row.keys == (words,)
+
+
+def test_an_expression_is_explained_without_compiling_it_first() -> None:
+    told = maskdsl.explain(Window(4), 100, backend="torch")
+    assert told.live_pairs == int(dense(Causal() & Window(4), Shape(100, 100)).sum())
+    both = maskdsl.explain(Window(4, 2), 100, causal=False, backend="torch", heads=3)
+    assert both.live_pairs == 3 * int(dense(Window(4, 2), Shape(100, 100)).sum())
+
+
+def test_rich_prints_the_same() -> None:
+    console = pytest.importorskip("rich.console")
+    made = console.Console(width=120, record=True, file=io.StringIO())
+    told = compile(Sink(4) | Window(16), backend="torch").explain(100)
+    made.print(told)
+    text = made.export_text()
+    assert f"{told.live_pairs:,}" in text and "[max(0" not in text and "predicted" in text
 
 
 @pytest.mark.parametrize(("options", "error", "words"), [
