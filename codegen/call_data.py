@@ -22,6 +22,7 @@ from maskdsl.tiles import Ints
 
 Bools = npt.NDArray[np.bool_]
 NEVER = -(1 << 30)
+SPARE = 256  # keys behind the last one in the table of a "block64" vertical-slash (`tables.widen`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,7 @@ class WideSlashes(Table):
 
     def __init__(self, slash: torch.Tensor, shape: Shape) -> None:
         super().__init__(None, (0, 0), (64, 1), shape)
+        self.columns += SPARE  # as the kernel's table, which is not cut at the last key
         end = np.arange(1, self.count + 1, dtype=np.int64) * 64 + shape.q_offset
         reached = np.full_like(end, NEVER)
         found = []
@@ -142,7 +144,7 @@ class WideSlashes(Table):
         self.begins = np.stack(found) if found else np.zeros((0, self.count), dtype=np.int32)
 
     def rows(self, first: int, stop: int) -> Bools:
-        """bool[stop - first, keys]."""
+        """bool[stop - first, keys and SPARE more]."""
         which, row = np.nonzero(self.begins[:, first:stop] != NEVER)
         begin = np.maximum(self.begins[:, first:stop][which, row], 0)
         change = np.zeros((stop - first, self.columns + 1), dtype=np.int32)

@@ -92,8 +92,8 @@ def static_steps(plan: Plan, shape: Shape, values: dict[str, Any]) -> tuple[Ints
     rows = max(1, CHUNK // len(keys))
     for i in range(0, len(zero), rows):
         part = cut(values, i, i + rows, len(zero))
-        live = plan.sift(part, keys)
-        walked = np.zeros_like(live)
+        live = plan.sift(part, keys)  # of one row where it does not depend on the rows
+        walked = np.zeros((len(part["p_first"]), len(keys)), dtype=bool)
         for a, b in plan.segments(plan.masked, part):
             walked |= (keys >= a[:, None]) & (keys < b[:, None])
         masked[i:i + rows] = (walked & live).sum(1)
@@ -102,9 +102,8 @@ def static_steps(plan: Plan, shape: Shape, values: dict[str, Any]) -> tuple[Ints
 
 def cut(values: dict[str, Any], first: int, stop: int, size: int) -> dict[str, Any]:
     """The values of some query tiles; arrays of another length than `size` are tables, kept."""
-    slots = ("slot_",)
     return {name: value[first:stop] if np.ndim(value) == 1 and len(value) == size
-            and not name.startswith(slots) else value for name, value in values.items()}
+            and not name.startswith("slot_") else value for name, value in values.items()}
 
 
 def count_below(marks: Ints, before: Any, place: Ints, size: Any) -> Ints:
@@ -172,7 +171,8 @@ class TileTable:
         else:
             each = block_n // keys
             wide = np.zeros((len(live), tiles * each), dtype=bool)
-            wide[:, :table.columns] = live
+            known = min(table.columns, wide.shape[1])
+            wide[:, :known] = live[:, :known]
             parts = wide.reshape(len(live), tiles, each)
             self.some, self.every = np.any(parts, axis=2), np.all(parts, axis=2)
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from maskdsl.codegen.rates import Rates
     from maskdsl.codegen.workload import CallHeads
 
+PORTABLE = "triton"
+
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
@@ -98,7 +100,7 @@ def explain(compiled: Compiled, shape: Shape, sizes: Sizes, chip: str | None,
         tile, widen = (BLOCK_M, BLOCK_N), plannable
     else:
         tile, widen = tile_on(compiled.mask, present_arch(), call, compiled.tile), None
-    rates, no_rates = pick_rates(chip)
+    rates, no_rates = pick_rates(chip, compiled.backend)
     return explain_call(Request(
         compiled.mask, compiled.written, compiled.backend, why_backend(compiled), shape, call, tile,
         compiled.tile, data, rates, no_rates, estimator, widen))
@@ -118,16 +120,19 @@ def present_arch() -> str:
     return arch_of(torch.device("cpu" if interpreting() else "cuda"))
 
 
-def pick_rates(chip: str | None) -> tuple[Rates | None, str]:
+def pick_rates(chip: str | None, backend: str = PORTABLE) -> tuple[Rates | None, str]:
     """(measured rates of a chip, or why there are none): the chip named; else the one here; where
-    there is no GPU, an H100. A chip that is named and was not measured is a BackendError."""
+    there is no GPU, an H100. A chip that is named and was not measured is a BackendError. Rates are
+    those of the backend, or of the portable kernel where the backend has none; they say which."""
     from maskdsl.codegen.cost import find_rates
+    from maskdsl.codegen.rates import RATES
 
+    target = backend if any(known == backend for _, known in RATES) else PORTABLE
     if chip is not None:
-        return find_rates(chip), ""
+        return find_rates(chip, target), ""
     if not torch.cuda.is_available():
-        return find_rates("H100"), ""
+        return find_rates("H100", target), ""
     try:
-        return find_rates(present_arch()), ""
+        return find_rates(present_arch(), target), ""
     except BackendError as error:
         return None, f"{error.wrong} ({present_arch()}); chip='H100' predicts for that one"

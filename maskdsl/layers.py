@@ -192,20 +192,21 @@ class Layers:
                 count_pairs(mask, shape) == count_pairs(Causal(), shape):
             return Choice(mask, False, "no: the mask keeps all causal pairs of this call, so "
                           "nothing is lost")
-        return compare(mask, shape, call, estimator, slots, self._chip)
+        return compare(attn, shape, call, estimator, slots, self._chip)
 
 
-def compare(mask: Mask, shape: Shape, call: CallHeads, estimator: str | None,
+def compare(attn: Attention, shape: Shape, call: CallHeads, estimator: str | None,
             slots: Mapping[str, Any], chip: str | None) -> Choice:
     """The choice between a mask that stands for dense attention, and dense attention."""
     from maskdsl.codegen.forecast import forecast_dense
     from maskdsl.codegen.packed import can_size, predict_packed
 
+    mask = attn.mask
     lists = can_size(mask, slots)
     if isinstance(lists, str):
         return Choice(mask, False, f"no: the shape of {lists!r} does not tell how much it lists, "
                       "and its data is not read")
-    rates, missing = pick_rates(chip)
+    rates, missing = pick_rates(chip, attn.backend)
     if rates is None:
         rates, _ = pick_rates("H100")
         assert rates is not None
