@@ -188,10 +188,6 @@ class Layers:
         if not is_traceable(mask):
             return Choice(mask, False, "no: nothing can be predicted of a function that cannot be "
                           "compiled")
-        if not attn.slots and attn.heads is None and \
-                count_pairs(mask, shape) == count_pairs(Causal(), shape):
-            return Choice(mask, False, "no: the mask keeps all causal pairs of this call, so "
-                          "nothing is lost")
         return compare(attn, shape, call, estimator, slots, self._chip)
 
 
@@ -216,6 +212,9 @@ def compare(attn: Attention, shape: Shape, call: CallHeads, estimator: str | Non
     packed = ", lists taken as packed" if lists else ""
     foreign = f" (decided with its rates: {missing})" if missing else ""
     verb = "yes, dense attention runs" if is_dense else "no, the mask runs"
+    if is_dense and not attn.slots and attn.heads is None and \
+            count_pairs(mask, shape) == count_pairs(Causal(), shape):
+        foreign += "; the mask keeps all causal pairs of this call, so this is no approximation"
     return Choice(Causal() if is_dense else mask, is_dense,
                   f"{verb}: predicted {dense.ms:.3g} ms dense, {sparse.ms:.3g} ms with the mask"
                   f"{packed}, on {rates.name}{foreign}", sparse, dense)

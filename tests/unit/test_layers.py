@@ -24,9 +24,11 @@ from maskdsl import (
     compile_layers,
     dense,
     dense_attention,
+    explaining,
 )
 from maskdsl.errors import (
     AtomArgumentError,
+    BackendError,
     MaskTypeError,
     MissingSlotError,
     ShapeError,
@@ -113,7 +115,9 @@ def test_reasons_for_staying() -> None:
                          dense_fallback=True)
     layers = compile_layers(policy, backend="torch")
     assert "the layer is dense" in layers.choose(0, 100).reason
-    assert "keeps all causal pairs" in layers.choose(1, 1024).reason
+    same = layers.choose(1, 1024)
+    assert same.is_dense and "keeps all causal pairs" in same.reason
+    assert "keeps all causal pairs" not in layers.choose(1, 2049).reason
     table = BlockIndices.from_mask(torch.ones(1, 1, 2, 2, dtype=torch.bool), 64, 64)
     assert "its data is not read" in layers.choose(2, 128, b=table).reason
     assert "cannot be compiled" in layers.choose(3, 100).reason
@@ -132,10 +136,17 @@ def test_explain_says_whether_it_falls_back_and_why() -> None:
     assert counted.live_pairs and counted.fallback.startswith("yes")
 
 
-def test_other_chips_are_decided_with_known_rates_and_say_so() -> None:
+def test_other_chips_are_decided_with_known_rates_and_say_so(
+        monkeypatch: pytest.MonkeyPatch) -> None:
     layers = compile_layers(minference(1), backend="torch", chip="H100")
-    assert "on H100" in layers.choose(0, 100, vs=ListSizes(5, 5)).reason
-    with pytest.raises(Exception, match="nothing was measured there"):
+    assert layers.choose(0, 100, vs=ListSizes(5, 5)).reason.endswith("on H100 SXM")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(explaining, "present_arch", lambda: "sm_80")
+    there = compile_layers(minference(1), backend="torch")
+    assert "nothing was measured there" in there.choose(0, 100, vs=ListSizes(5, 5)).reason
+    told = compile(Window(8), backend="torch").explain(100)
+    assert told.prediction is None and "sm_80" in str(told)
+    with pytest.raises(BackendError, match="nothing was measured there"):
         compile_layers(minference(1), backend="torch", chip="A100").choose(0, 9, vs=ListSizes(5, 5))
 
 
