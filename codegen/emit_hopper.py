@@ -18,8 +18,8 @@ from maskdsl.codegen.plan import Plan
 CONSTANTS = ("HEADS_PACKED", "SPAN", "NARROW", "BLOCK_N", "GRAIN", "K_SLOTS", "V_SLOTS", "WITH_LSE")
 
 # what a letter holds of every item; the mask's own numbers follow
-LETTER = ("item", "batch", "head", "q_tile", "part", "narrow", "rest", "loose", "masked_steps", "first",
-          "last")
+LETTER = ("item", "batch", "head", "q_tile", "part", "narrow", "rest", "loose", "masked_steps",
+          "first", "last")
 LETTER_SIZE = 32
 
 

@@ -19,7 +19,7 @@ from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit import emit_kernels, emit_lister, merge_lists
 from maskdsl.codegen.hopper import HopperForward, refuse_call, refuse_mask
 from maskdsl.codegen.listing import Parameter
-from maskdsl.codegen.lists import group_heads, parameters
+from maskdsl.codegen.lists import group_heads, parameters, shared_rows
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan, mean_row_width
 from maskdsl.codegen.tables import CHUNK, CallPlan, Tables, head_table
@@ -115,7 +115,8 @@ class TritonForward:
 
     def config(self, arch: str, head_dim: int, value_dim: int, item_size: int) -> Config:
         """The tile sizes in use: the user's, or the tuned ones."""
-        return self.chosen or pick_config(arch, head_dim, value_dim, item_size, self.width)
+        return self.chosen or pick_config(arch, head_dim, value_dim, item_size, self.width,
+                                          shared_rows(self.mask))
 
     def default_config(self, head_dim: int) -> Config:
         """The config for two-byte elements on the current device."""

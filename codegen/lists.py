@@ -63,6 +63,15 @@ def sort_atoms(mask: Mask) -> Lists:
         tuple(a for a in lists if isinstance(a, (VerticalSlash, Columns))))
 
 
+def shared_rows(mask: Mask) -> int:
+    """Query rows that share their lists: the smallest block of rows, where tables of blocks are all
+    that is listed; 0 where nothing is, or something else."""
+    found = [atom for atom in check_names(mask) if isinstance(atom, ListMask)]
+    if not found or not all(isinstance(atom, Blocks) for atom in found):
+        return 0
+    return min(blocks_of(atom)[0] for atom in found)
+
+
 def replace_lists(mask: Mask, adds: bool, takes: bool, chosen: Mask | None = None,
                   positive: bool = True) -> Mask:
     """The mask with list atoms replaced: those that add pairs by Full if `adds` (else Empty), those

@@ -33,9 +33,14 @@ SCORE_LIMIT = 1 << 24  # elements of one tile's scores over all heads, 64 MB in 
 Range = tuple[int, int, bool]  # first key, last key + 1, masked
 
 
+def plannable(mask: Mask) -> Mask:
+    """The mask this backend plans: a superset where a function is opaque."""
+    return simplify(widen_opaque(mask))
+
+
 def torch_plan(mask: Mask) -> Plan:
     """The plan this backend runs: of the mask, or of a superset where a function is opaque."""
-    return make_plan(simplify(widen_opaque(mask)), BLOCK_M, BLOCK_N)
+    return make_plan(plannable(mask), BLOCK_M, BLOCK_N)
 
 
 def widen_opaque(mask: Mask) -> Mask:
@@ -87,11 +92,6 @@ class TorchForward:
     def plan(self) -> Plan:
         """The plan of the first kind of head."""
         return self.kinds[0].plan
-
-    @property
-    def counted_plan(self) -> Plan:
-        """The plan of the first kind's mask itself, for counting."""
-        return make_plan(self.kinds[0].mask, BLOCK_M, BLOCK_N)
 
     def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
                 scale: float, layout: str, with_lse: bool) -> Callable[..., Any]:

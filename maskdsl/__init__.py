@@ -6,7 +6,7 @@
 """
 
 from maskdsl import errors
-from maskdsl.api import Attention, compile
+from maskdsl.api import Attention, compile, explain
 from maskdsl.atoms import (
     Band,
     Causal,
@@ -31,10 +31,12 @@ from maskdsl.indices import (
     BlockIndices,
     ColumnIndices,
     Documents,
+    ListSizes,
     PrefixLengths,
     TokenIndices,
     VSIndices,
 )
+from maskdsl.layers import Layers, compile_layers
 from maskdsl.periodic import BlockDiagonal, Dilated, RandomBlocks, Slash, Stride, Vertical
 from maskdsl.shape import Shape
 from maskdsl.show import save_picture
@@ -47,8 +49,9 @@ __version__ = VERSION
 __all__ = [
     "Attention", "Band", "BlockDiagonal", "BlockIndices", "Blocks", "Causal", "Chunk",
     "ColumnIndices", "Columns", "Diagonal", "Dilated", "Document", "Documents", "Empty", "FirstQ",
-    "Full", "KeyRange", "LastQ", "Mask", "MaskDSLError", "PerHead", "Prefix", "PrefixLM",
-    "PrefixLengths", "QueryRange", "RandomBlocks", "Shape", "Sink", "Slash", "Stride",
-    "TokenIndices", "TokenTopK", "VSIndices", "Vertical", "VerticalSlash", "Where", "Window",
-    "compile", "dense", "dense_attention", "errors", "from_json", "save_picture", "simplify",
+    "Full", "KeyRange", "LastQ", "Layers", "ListSizes", "Mask", "MaskDSLError", "PerHead",
+    "Prefix", "PrefixLM", "PrefixLengths", "QueryRange", "RandomBlocks", "Shape", "Sink", "Slash",
+    "Stride", "TokenIndices", "TokenTopK", "VSIndices", "Vertical", "VerticalSlash", "Where",
+    "Window", "compile", "compile_layers", "dense", "dense_attention", "errors", "explain",
+    "from_json", "save_picture", "simplify",
 ]

@@ -59,9 +59,12 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     if not isinstance(mask, Mask):
         raise MaskTypeError(f"compile({mask!r})", f"a {type(mask).__name__}, which is not a mask",
                             "an expression such as Sink(4) | Window(2048), or Where(fn)")
-    whole = simplify(Causal() & mask if causal else mask)
-    return Attention(whole, pick_backend(backend, whole, tile), check_layout(layout), scale, tile,
+    written = Causal() & mask if causal else mask
+    whole = simplify(written)
+    made = Attention(whole, pick_backend(backend, whole, tile), check_layout(layout), scale, tile,
                      check_names(mask), strict=backend is not None)
+    made.written = written
+    return made
 
 
 def pick_backend(backend: str | None, mask: Mask, tile: object = None) -> str:
@@ -80,6 +83,8 @@ def pick_backend(backend: str | None, mask: Mask, tile: object = None) -> str:
 
 class Attention:
     """Attention under one mask: call it with q, k, v. Made by `compile`."""
+
+    written: Mask | None = None  # before simplification, for `explain`
 
     def __init__(self, mask: Mask, backend: str, layout: str, scale: float | None,
                  tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = (), *,
@@ -220,14 +225,39 @@ class Attention:
         return emit_kernels(forward.default_plans(HEAD_DIM), heads)
 
     def explain(self, q_len: int, kv_len: int | None = None, *, q_offset: int | None = None,
-                total_len: int | None = None, heads: int = 1,
-                head_dim: int = HEAD_DIM) -> Explanation:
-        """What a call of these lengths (tokens) costs: live pairs, tiles, memory; `print` it."""
-        from maskdsl.codegen.explain import explain_call
+                total_len: int | None = None, batch: int | None = None, heads: int | None = None,
+                kv_heads: int | None = None, head_dim: int = HEAD_DIM,
+                value_dim: int | None = None, chip: str | None = None,
+                estimator: str | None = None, **slots: object) -> Explanation:
+        """What a call costs: live pairs, tiles, memory, predicted time; `print` it.
+
+        q_len, kv_len, q_offset, total_len  in tokens, as in a call; kv_len defaults to q_len
+        batch, heads, kv_heads, head_dim, value_dim  of the call; default: what the mask and the
+                   slots' data have, else 1, and a head dimension of 128
+        chip       "H100": predict for this chip; default: the GPU here, or an H100 where there is
+                   none. Only for chips with measured rates; the prediction says that it is one.
+        estimator  "vertical_slash", "flex_prefill", "xattention" or "block_topk": its time counts
+        slots      data for every slot, as in the call: then lists are counted too, exactly. This
+                   reads the data back from its device. Without it lists count as empty.
+
+        Errors: ShapeError, HeadCountError, BackendError, and those of a call's slots.
+        """
+        from maskdsl.explaining import Compiled, Sizes, explain
 
         shape = Shape(q_len, q_len if kv_len is None else kv_len, q_offset,  # type: ignore[arg-type]
                       total_len)  # type: ignore[arg-type]
-        plan = self.plan
-        if self.slots and self.backend == "torch":  # its plan is of a superset
-            plan = self._forward.counted_plan  # type: ignore[union-attr]
-        return explain_call(plan, repr(self.mask), shape, self.backend, heads, head_dim)
+        known = Compiled(self.mask, self.mask if self.written is None else self.written,
+                         self.slots, self.backend, self.strict, self._tile, self.limit)
+        return explain(known, shape, Sizes(batch, heads, kv_heads, head_dim, value_dim), chip,
+                       estimator, slots)
+
+
+def explain(mask: Mask, q_len: int, kv_len: int | None = None, *, causal: bool = True,
+            backend: str | None = None, **options: Any) -> Explanation:
+    """What a call under `mask` costs: `compile(mask, ...).explain(q_len, kv_len, ...)`.
+
+    >>> from maskdsl import Window, explain
+    >>> explain(Window(4), 100).live_pairs
+    394
+    """
+    return compile(mask, causal=causal, backend=backend).explain(q_len, kv_len, **options)

@@ -25,7 +25,9 @@ from maskdsl.indices import (
     VSIndices,
 )
 
-RESERVED = ("q", "k", "v", "scale", "q_offset", "total_len", "return_lse")  # arguments of a call
+RESERVED = ("q", "k", "v", "scale", "q_offset", "total_len", "return_lse",  # arguments of a call
+            "q_len", "kv_len", "batch", "heads", "kv_heads", "head_dim", "value_dim", "chip",
+            "estimator")  # and of `explain`
 MAX_BLOCK = 1 << 16  # tokens
 
 

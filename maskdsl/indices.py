@@ -66,6 +66,28 @@ def mark(index: Tensor, size: int) -> Tensor:
     return table.scatter_(-1, inside, True)[..., :size]
 
 
+@dataclass(frozen=True)
+class ListSizes:
+    """How long the lists of one slot will be, when there are no lists yet: for a decision before an
+    estimator has run. Numbers of entries for each head; what the slot does not have stays 0.
+
+    columns   of `VerticalSlash` and `Columns`
+    slashes   of `VerticalSlash`
+    blocks    key blocks for each block of rows of `Blocks`, keys for each query of `TokenTopK`
+    """
+
+    columns: int = 0
+    slashes: int = 0
+    blocks: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("columns", "slashes", "blocks"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+                raise SlotDataError(f"ListSizes({name}={size!r})", "a list has 0 entries or more",
+                                    f"ListSizes({name}=1000)")
+
+
 @dataclass(frozen=True, eq=False)
 class VSIndices:
     """Vertical and slash indices, for each batch and head.

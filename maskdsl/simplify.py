@@ -113,11 +113,11 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def simplify(mask: Mask) -> Mask:
-    """An equal, smaller mask.
+def simplify(mask: Mask, fired: list[str] | None = None) -> Mask:
+    """An equal, smaller mask; `fired` gets the laws that were used, in order.
 
     >>> from maskdsl.atoms import Causal, Sink, Window
     >>> simplify(Sink(4) | Sink(8) | Window(16) & Causal())
     Sink(8) | Window(16)
     """
-    return rewrite_mask(mask, RULES)
+    return rewrite_mask(mask, RULES, fired)

@@ -125,14 +125,16 @@ def classify_tile(mask: Mask, shape: Shape, rows: tuple[int, int], keys: tuple[i
     return TileClass.FULL if live.all() else TileClass.MIXED
 
 
-def count_rows(mask: Mask, p: Ints, shape: Shape, head: int = 0) -> Ints:
-    """Live keys of every row in `p`, int64[len(p)]."""
+def count_rows(mask: Mask, p: Ints, shape: Shape, head: int = 0, batch: int = 0,
+               bound: Mapping[str, Any] | None = None) -> Ints:
+    """Live keys of every row in `p`, int64[len(p)]; `bound` as in `names_of`, and only for masks
+    whose rows are intervals."""
     pieces = spans(mask)
     if not all(piece.is_exact for piece in pieces):
         return _count_tested(mask, p, shape, head)
     if not pieces:
         return np.zeros_like(p)
-    names = names_of(shape, 0, head, mask)
+    names = names_of(shape, batch, head, mask, bound)
     bounds = [row_intervals(piece, p, shape, head, names) for piece in pieces]
     # Sorting starts and ends apart keeps how many intervals cover each key, hence their union.
     lo = np.sort(np.stack([b[0] for b in bounds]), axis=0)
@@ -151,7 +153,8 @@ def _count_tested(mask: Mask, p: Ints, shape: Shape, head: int, step: int = 1 <<
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros_like(p)
 
 
-def count_pairs(mask: Mask, shape: Shape, head: int = 0) -> int:
-    """Live (query, key) pairs of one head; exact."""
+def count_pairs(mask: Mask, shape: Shape, head: int = 0, batch: int = 0,
+                bound: Mapping[str, Any] | None = None) -> int:
+    """Live (query, key) pairs of one head; exact. `bound` as in `count_rows`."""
     p = np.arange(shape.q_len, dtype=np.int64) + shape.q_offset
-    return int(count_rows(mask, p, shape, head).sum())
+    return int(count_rows(mask, p, shape, head, batch, bound).sum())

@@ -22,12 +22,12 @@ from maskdsl.patterns.classic import (
 )
 from maskdsl.patterns.estimate import vertical_slash
 from maskdsl.patterns.estimate_blocks import block_topk, flex_prefill, xattention
-from maskdsl.patterns.policy import LayerPolicy, published_triangle_mix, triangle_mix
+from maskdsl.patterns.policy import LayerPolicy, minference, published_triangle_mix, triangle_mix
 from maskdsl.patterns.trianglemix import triangle
 
 __all__ = [
     "LayerPolicy", "bigbird", "block_topk", "chunked", "dilated_window", "flex_prefill",
-    "longformer", "longnet", "prefix_lm", "published_triangle_mix", "sliding_window",
+    "longformer", "longnet", "minference", "prefix_lm", "published_triangle_mix", "sliding_window",
     "sparse_transformer_fixed", "sparse_transformer_strided", "streaming_llm", "tri_shape",
     "triangle", "triangle_mix", "vertical_slash", "xattention",
 ]

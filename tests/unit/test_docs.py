@@ -14,7 +14,8 @@ import pytest
 from maskdsl.codegen.kernel import interpreting
 from maskdsl.errors import MaskDSLError
 
-PAGES = ["language.md", "dynamic.md", "compiler.md", "patterns.md", "errors.md", "index.md"]
+PAGES = ["language.md", "dynamic.md", "compiler.md", "patterns.md", "errors.md", "index.md",
+         "cost.md"]
 
 
 def outcome(example: doctest.Example, names: dict[str, Any]) -> str:

@@ -1,0 +1,199 @@
+"""An explanation as text, Markdown, HTML and plain data."""
+
+from __future__ import annotations
+
+import html as escape
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maskdsl.codegen.explain import Explanation
+    from maskdsl.codegen.workload import KindWork
+
+Table = list[tuple[str, list[str]]]  # (label, lines)
+BOUNDS = {"compute": "compute-bound", "memory": "memory-bound",
+          "longest item": "bound by its longest item", "host": "bound by the host"}
+MANY_HEADS = 8  # kinds of heads told one by one; the rest is summed up
+
+
+def text(table: Table) -> str:
+    """Labels in a column of 14 characters, lines beside them."""
+    return "\n".join(f"{label if i == 0 else '':<14}{line}"
+                     for label, lines in table for i, line in enumerate(lines))
+
+
+def markdown(table: Table) -> str:
+    """A Markdown table of two columns."""
+    rows = ["| | |", "|---|---|"]
+    for label, lines in table:
+        cell = "<br>".join(line.replace("|", "\\|").replace("*", "\\*") for line in lines)
+        rows.append(f"| {label} | {cell} |")
+    return "\n".join(rows) + "\n"
+
+
+def html(table: Table) -> str:
+    """An HTML table, as notebooks show it."""
+    rows = [f"<tr><th style='text-align:left;vertical-align:top'>{escape.escape(label)}</th>"
+            f"<td style='text-align:left'>{'<br>'.join(map(escape.escape, lines))}</td></tr>"
+            for label, lines in table]
+    return f"<table>{''.join(rows)}</table>"
+
+
+def rich_table(table: Table) -> Any:
+    """A table of the `rich` package, which asks for it and so is there."""
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    grid = Grid(show_header=False, box=None, padding=(0, 1))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, lines in table:
+        grid.add_row(label, Text("\n".join(lines)))  # as it is: a bracket is no markup
+    return grid
+
+
+def share(part: int | None, whole: int) -> str:
+    """12 of 48 (25 %)."""
+    if part is None:
+        return "not counted: too many pairs to test"
+    return f"{part:,} of {whole:,} ({100 * part / max(1, whole):.3g} %)"
+
+
+def table_of(told: Explanation) -> Table:
+    """Everything an explanation says, as labels and lines."""
+    shape, call = told.shape, told.call
+    several = call.batch * call.heads
+    heads = f"{call.heads} query head{'' if call.heads == 1 else 's'}"
+    table: Table = [
+        ("mask", [told.mask]),
+        *([("written", [told.written])] if told.laws else []),
+        *([("laws used", list(told.laws))] if told.laws else []),
+        ("call", [f"{shape.q_len:,} queries at {shape.q_offset:,}, {shape.kv_len:,} keys, prompt "
+                  f"of {shape.total_len:,}",
+                  f"batch {call.batch}, {heads} over {call.kv_heads}, dimension {call.head_dim}"]),
+        ("backend", [f"{told.backend} ({told.why}), tiles of {told.tile[0]} queries x "
+                     f"{told.tile[1]} keys"]),
+        ("live pairs", [share(told.live_pairs, several * shape.q_len * shape.kv_len),
+                        *(["all causal pairs: the mask is dense at this length"]
+                          if told.is_dense else [])]),
+        *([("closed form", [told.closed_form])] if told.closed_form else []),
+        ("tiles", tile_lines(told)),
+        ("dense causal", [f"{told.tile_speedup:.1f}x as many tiles"]),
+        ("memory", [f"mask {'by its data' if told.mask_bytes is None else told.mask_bytes}"
+                    f"{'' if told.mask_bytes is None else ' bytes'}; inputs {told.input_bytes:,}; "
+                    f"output {told.output_bytes:,}",
+                    f"a dense mask of one head would take {told.dense_bytes:,}"]),
+        *([("slots", [slot_line(told)])] if told.slots else []),
+    ]
+    if len(told.kinds) > 1:
+        table.append(("heads", [kind_line(i, kind) for i, kind in
+                                enumerate(told.kinds[:MANY_HEADS])] + more_kinds(told)))
+    table += [("predicted", predicted_lines(told)),
+              *([("fallback", [told.fallback])] if told.fallback else []),
+              *([("rows", row_lines(told))] if told.pieces or told.slots else [])]
+    return table
+
+
+def tile_lines(told: Explanation) -> list[str]:
+    """Tiles by loop, and what of their pairs is dead."""
+    seen = told.visited
+    listed = "".join(f" + {count:,} {name}" for name, count in (
+        ("listed full", seen.listed_full), ("listed masked", seen.listed_part),
+        ("at listed distances", seen.slash), ("steps of gathered columns", seen.columns)) if count)
+    lines = [f"{seen.full:,} full + {seen.masked:,} masked{listed} of {told.all_tiles:,}"
+             f"{', dead ones sieved out' if told.sieved else ''}"]
+    if told.wasted is not None:
+        lines.append(f"{100 * told.wasted:.3g} % of the visited pairs are dead")
+    return lines
+
+
+def slot_line(told: Explanation) -> str:
+    """Whether the lists were counted."""
+    names = ", ".join(told.slots)
+    if told.counted:
+        return f"{names}: counted with the data given"
+    return f"{names}: not counted, their data comes at the call; give it to explain(...) too"
+
+
+def kind_line(i: int, kind: KindWork) -> str:
+    """One kind of head."""
+    pairs = "pairs not counted" if kind.live_pairs is None else f"{kind.live_pairs:,} pairs"
+    seen = kind.visited
+    listed = f" + {seen.listed:,} listed" if seen.listed else ""
+    return (f"{i}: {kind.heads} x {kind.mask!r}: {pairs}, tiles {seen.full:,} full + "
+            f"{seen.masked:,} masked{listed}")
+
+
+def more_kinds(told: Explanation) -> list[str]:
+    """One line for the kinds that are not told one by one."""
+    rest = told.kinds[MANY_HEADS:]
+    if not rest:
+        return []
+    return [f"and {sum(kind.heads for kind in rest)} heads of {len(rest)} more kinds: "
+            f"{sum(kind.visited.steps for kind in rest):,} tiles"]
+
+
+def row_lines(told: Explanation) -> list[str]:
+    """Which rows see which keys, a line for each piece of each class of rows."""
+    lines = []
+    for i, kind in enumerate(told.kinds[:MANY_HEADS]):
+        head = f"heads {i}, " if len(told.kinds) > 1 else ""
+        for rows in kind.rows:
+            lines.append(f"{head}{rows.first:,} to {rows.stop - 1:,}: {rows.full:,} full + "
+                         f"{rows.masked:,} masked tiles a head")
+            lines += [f"  {keys}" for keys in rows.keys] or ["  no key"]
+    return lines
+
+
+def predicted_lines(told: Explanation) -> list[str]:
+    """Predicted time and the roofs, each named as what it is."""
+    found = told.prediction
+    if found is None or told.dense is None:
+        return [f"nothing: {told.no_prediction}"]
+    data = "" if told.counted or not told.slots else "; all tokens taken as one document"
+    lines = [f"{ms(found.ms)} on {found.chip} (backend {found.target}, tiles of {found.tile[0]} x "
+             f"{found.tile[1]})",
+             f"a prediction from measured rates, not a measurement{data}"]
+    if found.listing_ms or found.estimate_ms:
+        lines.append(f"of it {ms(found.kernel_ms)} the kernel, {ms(found.listing_ms)} lists from "
+                     f"the data, {ms(found.estimate_ms)} estimating the data")
+    live = "" if found.live_tflop is None else f", {found.live_tflop:.3g} on live pairs"
+    lines.append(f"{BOUNDS[found.bound_by]}: steps {ms(found.compute_ms)}, longest item "
+                 f"{ms(found.longest_ms)}, memory {ms(found.memory_ms)}, host {ms(found.host_ms)}")
+    lines.append(f"{found.tile_tflop:.3g} TFLOP on visited tiles{live}; at the rate of a matrix "
+                 f"product {ms(found.roof_ms)}")
+    crossing = "" if told.crossover is None else f"; faster from {told.crossover:,} tokens on"
+    lines.append(f"dense causal {ms(told.dense.ms)}: {told.dense.ms / found.ms:.3g}x as long"
+                 f"{crossing}")
+    return [*lines, *found.notes]
+
+
+def ms(value: float) -> str:
+    """Milliseconds to three digits."""
+    return f"{value:.3g} ms"
+
+
+def as_dict(told: Explanation) -> dict[str, Any]:
+    """Plain numbers, texts, lists and dicts."""
+    def kind(one: KindWork) -> dict[str, Any]:
+        return {"mask": repr(one.mask), "heads": one.heads, "live_pairs": one.live_pairs,
+                "visited": asdict(one.visited), "rows": [row.to_dict() for row in one.rows]}
+
+    return {
+        "mask": told.mask, "written": told.written, "laws": list(told.laws),
+        "backend": told.backend, "why": told.why, "shape": asdict(told.shape),
+        "call": asdict(told.call), "tile": list(told.tile), "pieces": list(told.pieces),
+        "sieved": told.sieved, "live_pairs": told.live_pairs, "is_dense": told.is_dense,
+        "closed_form": told.closed_form, "full_tiles": told.full_tiles,
+        "masked_tiles": told.masked_tiles, "listed_tiles": told.listed_tiles,
+        "column_steps": told.column_steps, "visited_tiles": told.visited_tiles,
+        "all_tiles": told.all_tiles, "visited": asdict(told.visited), "wasted": told.wasted,
+        "flops": told.flops, "tile_speedup": told.tile_speedup, "mask_bytes": told.mask_bytes,
+        "input_bytes": told.input_bytes, "output_bytes": told.output_bytes,
+        "dense_bytes": told.dense_bytes, "slots": list(told.slots), "counted": told.counted,
+        "kinds": [kind(one) for one in told.kinds],
+        "prediction": None if told.prediction is None else told.prediction.to_dict(),
+        "no_prediction": told.no_prediction,
+        "dense_prediction": None if told.dense is None else told.dense.to_dict(),
+        "speedup": told.speedup, "crossover": told.crossover, "fallback": told.fallback,
+    }

@@ -1,0 +1,75 @@
+"""Costs and dense fallback where the data lies on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from maskdsl import (
+    Full,
+    LastQ,
+    PerHead,
+    Shape,
+    Sink,
+    VerticalSlash,
+    VSIndices,
+    Window,
+    compile,
+    compile_layers,
+    dense,
+)
+from maskdsl.patterns import LayerPolicy, minference
+
+pytestmark = pytest.mark.gpu
+
+
+def indices(heads: int, length: int, device: str = "cuda") -> VSIndices:
+    generator = torch.Generator().manual_seed(heads)
+    columns, slashes = (torch.randint(0, length, (1, heads, n), generator=generator)
+                        for n in (40, 90))
+    return VSIndices(columns.to(device), slashes.to(device))
+
+
+def tensors(length: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator(device="cuda").manual_seed(length)
+    return tuple(torch.randn(1, h, length, 64, device="cuda", dtype=torch.bfloat16,
+                             generator=generator) for h in (4, 2, 2))
+
+
+def test_lists_on_the_gpu_are_counted_as_those_on_the_cpu() -> None:
+    mask = PerHead([Full(), Window(40), VerticalSlash("vs"), Sink(3) | VerticalSlash("vs")])
+    attn = compile(mask)
+    told = attn.explain(1500, vs=indices(4, 1500))
+    same = attn.explain(1500, vs=indices(4, 1500, "cpu"))
+    live = dense(attn.mask, Shape(1500, 1500), 1, 4, slots={"vs": indices(4, 1500, "cpu")})
+    assert told.live_pairs == same.live_pairs == int(live.sum())
+    assert told.visited == same.visited
+    config: Any = attn._forward
+    assert told.tile == (config.default_config(128).block_m, config.default_config(128).block_n)
+
+
+def test_a_decision_does_not_wait_for_the_gpu() -> None:
+    layers = compile_layers(minference(2))
+    q, k, v = tensors(700)
+    vs = indices(4, 700)
+    expected = compile(Full())(q, k, v)
+    layers(0, q, k, v, vs=vs)  # compiles
+    layers._choices.clear()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = layers(0, q, k, v, vs=vs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert layers.choices[0].is_dense and torch.equal(out, expected)
+
+
+def test_without_the_policy_s_word_the_mask_runs() -> None:
+    q, k, v = tensors(700)
+    vs = indices(4, 700)
+    for policy in (LayerPolicy([VerticalSlash("vs")]),
+                   LayerPolicy([LastQ(2) | VerticalSlash("vs")])):
+        out = compile_layers(policy)(0, q, k, v, vs=vs)
+        assert torch.equal(out, compile(policy[0])(q, k, v, vs=vs))
