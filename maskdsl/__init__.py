@@ -36,8 +36,9 @@ from maskdsl.indices import (
     VSIndices,
 )
 from maskdsl.periodic import BlockDiagonal, Dilated, RandomBlocks, Slash, Stride, Vertical
+from maskdsl.plot import plot_mask, save_picture
+from maskdsl.plot_grid import plot_masks, plot_sparsity
 from maskdsl.shape import Shape
-from maskdsl.show import save_picture
 from maskdsl.simplify import simplify
 from maskdsl.version import VERSION
 from maskdsl.where import Where
@@ -50,5 +51,6 @@ __all__ = [
     "Full", "KeyRange", "LastQ", "Mask", "MaskDSLError", "PerHead", "Prefix", "PrefixLM",
     "PrefixLengths", "QueryRange", "RandomBlocks", "Shape", "Sink", "Slash", "Stride",
     "TokenIndices", "TokenTopK", "VSIndices", "Vertical", "VerticalSlash", "Where", "Window",
-    "compile", "dense", "dense_attention", "errors", "from_json", "save_picture", "simplify",
+    "compile", "dense", "dense_attention", "errors", "from_json", "plot_mask", "plot_masks",
+    "plot_sparsity", "save_picture", "simplify",
 ]
