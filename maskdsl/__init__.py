@@ -35,6 +35,7 @@ from maskdsl.indices import (
     TokenIndices,
     VSIndices,
 )
+from maskdsl.parse import parse
 from maskdsl.periodic import BlockDiagonal, Dilated, RandomBlocks, Slash, Stride, Vertical
 from maskdsl.plot import plot_mask, save_picture
 from maskdsl.plot_grid import plot_masks, plot_sparsity
@@ -51,6 +52,6 @@ __all__ = [
     "Full", "KeyRange", "LastQ", "Mask", "MaskDSLError", "PerHead", "Prefix", "PrefixLM",
     "PrefixLengths", "QueryRange", "RandomBlocks", "Shape", "Sink", "Slash", "Stride",
     "TokenIndices", "TokenTopK", "VSIndices", "Vertical", "VerticalSlash", "Where", "Window",
-    "compile", "dense", "dense_attention", "errors", "from_json", "plot_mask", "plot_masks",
-    "plot_sparsity", "save_picture", "simplify",
+    "compile", "dense", "dense_attention", "errors", "from_json", "parse", "plot_mask",
+    "plot_masks", "plot_sparsity", "save_picture", "simplify",
 ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskdsl.cells import PAIRS_AT_ONCE, SAMPLES, Grid, Shares, measure_cells
+from maskdsl.cells import PAIRS_AT_ONCE, SAMPLES, Grid, Shares, measure_cells, view_call
 from maskdsl.expr import Mask
 from maskdsl.heads import pick_head
 from maskdsl.raster import Bools, Box, Ints, View, judge
+from maskdsl.shape import Shape
 
 
 def measure_tiles(mask: Mask, grid: Grid, view: View,
@@ -56,3 +57,15 @@ def _box(rows: Ints, keys: Ints, tile: tuple[int, int], view: View) -> Box:
     key_ends = np.minimum(keys + tile[1], shape.kv_len) - 1
     return Box(rows[:, :, None] + shape.q_offset, row_ends[:, :, None] + shape.q_offset,
                keys[:, None, :], key_ends[:, None, :])
+
+
+def count_tile_shares(mask: Mask, length: int, tile: int = 128) -> tuple[float, float]:
+    """Shares of FULL and of MASKED tiles in a square call; of more than 128 x 128 cells of tiles,
+    from 64 tiles a cell."""
+    grid = Grid.over((0, length), (0, length), 128, 128, (tile, tile))
+    shape = Shape(length, length)
+    full, masked, _ = measure_tiles(mask, grid, view_call(mask, shape), (tile, tile))
+    tiles = [-(-np.diff(edges) // tile) for edges in (grid.rows, grid.keys)]
+    weight = tiles[0][:, None] * tiles[1][None, :]
+    return (float((full * weight).sum() / weight.sum()),
+            float((masked * weight).sum() / weight.sum()))
