@@ -22,6 +22,7 @@ from maskdsl.atoms import (
     Sink,
     Window,
 )
+from maskdsl.capture import Layer, capture
 from maskdsl.dense import dense, dense_attention
 from maskdsl.dynamic import Blocks, Columns, Document, Prefix, TokenTopK, VerticalSlash
 from maskdsl.errors import MaskDSLError
@@ -41,6 +42,8 @@ from maskdsl.plot import plot_mask, save_picture
 from maskdsl.plot_grid import plot_masks, plot_sparsity
 from maskdsl.shape import Shape
 from maskdsl.simplify import simplify
+from maskdsl.study import study
+from maskdsl.study_result import Study
 from maskdsl.version import VERSION
 from maskdsl.where import Where
 
@@ -49,9 +52,10 @@ __version__ = VERSION
 __all__ = [
     "Attention", "Band", "BlockDiagonal", "BlockIndices", "Blocks", "Causal", "Chunk",
     "ColumnIndices", "Columns", "Diagonal", "Dilated", "Document", "Documents", "Empty", "FirstQ",
-    "Full", "KeyRange", "LastQ", "Mask", "MaskDSLError", "PerHead", "Prefix", "PrefixLM",
+    "Full", "KeyRange", "LastQ", "Layer", "Mask", "MaskDSLError", "PerHead", "Prefix", "PrefixLM",
     "PrefixLengths", "QueryRange", "RandomBlocks", "Shape", "Sink", "Slash", "Stride",
-    "TokenIndices", "TokenTopK", "VSIndices", "Vertical", "VerticalSlash", "Where", "Window",
-    "compile", "dense", "dense_attention", "errors", "from_json", "parse", "plot_mask",
-    "plot_masks", "plot_sparsity", "save_picture", "simplify",
+    "Study", "TokenIndices", "TokenTopK", "VSIndices", "Vertical", "VerticalSlash", "Where",
+    "Window",
+    "capture", "compile", "dense", "dense_attention", "errors", "from_json", "parse", "plot_mask",
+    "plot_masks", "plot_sparsity", "save_picture", "simplify", "study",
 ]

@@ -109,3 +109,7 @@ class ResourceError(MaskDSLError, RuntimeError):
 
 class PictureError(MaskDSLError, ValueError):
     """A picture that cannot be drawn: nothing in it, an unknown way to colour, no matplotlib."""
+
+
+class StudyError(MaskDSLError, ValueError):
+    """Layers or patterns that cannot be studied: shapes that do not fit, no data for a slot."""
