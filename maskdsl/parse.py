@@ -7,6 +7,7 @@ set of names. Nothing else can be named, so a text from anywhere can do no more 
 from __future__ import annotations
 
 import ast
+import difflib
 import inspect
 import operator
 from collections.abc import Callable
@@ -87,6 +88,12 @@ class Reader:
         column = node.col_offset if node.lineno == 1 else 0
         raise ExpressionError(point_at(self.text, column), wrong, instead)
 
+    def unknown(self, node: ast.expr, name: str) -> NoReturn:
+        """An ExpressionError with the names that look like the one written, or with all."""
+        close = difflib.get_close_matches(name, self.names)
+        self.fail(node, f"unknown name {name!r}",
+                  " or ".join(close) if close else "one of " + ", ".join(sorted(self.names)))
+
     def read(self, node: ast.expr) -> Any:
         """The mask, number, text or list that a node writes."""
         if isinstance(node, ast.Constant) and type(node.value) in (int, float, str, bool):
@@ -104,7 +111,7 @@ class Reader:
         if isinstance(node, ast.BoolOp):
             self.fail(node, "`and` and `or` ask one yes or no of a mask", "`&` and `|`")
         if isinstance(node, ast.Name):
-            self.fail(node, f"unknown name {node.id!r}", "one of " + ", ".join(sorted(self.names)))
+            self.unknown(node, node.id)
         self.fail(node, f"{type(node).__name__} is not part of the language")
 
     def join(self, node: ast.BinOp) -> Any:
@@ -146,7 +153,7 @@ class Reader:
         if name == "Where":
             self.fail(node, "a function has no text", "atoms and operators, or Python")
         if name != "range" and name not in self.names:
-            self.fail(node, f"unknown name {name!r}", "one of " + ", ".join(sorted(self.names)))
+            self.unknown(node, name)
         if any(isinstance(arg, ast.Starred) for arg in node.args) or \
                 any(keyword.arg is None for keyword in node.keywords):
             self.fail(node, "arguments must be written out, without * or **")

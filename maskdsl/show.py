@@ -67,7 +67,7 @@ def _head(mask: Mask, shape: Shape, grid: Grid, sources: Sources) -> list[str]:
     rows, keys = (int(np.diff(edges).max()) for edges in (grid.rows, grid.keys))
     share = 100 * mean_share(sources.cells, grid)
     return [repr(mask), f"{shape.q_len:,} queries x {shape.kv_len:,} keys, {share:.3g} % live; "
-            f"a character is {rows:,} x {keys:,} pairs", ""]
+            f"a character is {rows:,} x {keys:,} pairs"]
 
 
 def _rows(grid: Grid, sources: Sources, colour: bool) -> list[str]:

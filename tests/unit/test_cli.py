@@ -116,7 +116,7 @@ def test_slots_are_drawn_empty_and_that_is_said(capsys: Out) -> None:
     assert main(["show", 'Window(2) | VerticalSlash("vs")', "--len", "4"]) == 0
     told = capsys.readouterr()
     assert "without VerticalSlash('vs')" in told.err
-    assert [line.split()[-1] for line in told.out.splitlines()[3:]] == \
+    assert [line.split()[-1] for line in told.out.splitlines()[2:]] == \
         (Causal() & Window(2)).picture(4).replace("#", "█").splitlines()
 
 

@@ -53,13 +53,13 @@ def image_of(figure: Any, panel: int = 0) -> np.ndarray:
 def test_show_prints_one_character_a_pair_where_it_can(capsys: pytest.CaptureFixture[str]) -> None:
     mask = Causal() & (Sink(1) | Window(2))
     mask.show(6)
-    picture = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[3:]]
+    picture = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:]]
     assert picture == mask.picture(6).replace("#", "█").splitlines()
 
 
 def test_show_draws_thin_parts_of_long_calls() -> None:
     rows = [line.split()[-1] for line in
-            draw_terminal(TRIANGLE, MILLION, width=64, colour=False).splitlines()[3:]]
+            draw_terminal(TRIANGLE, MILLION, width=64, colour=False).splitlines()[2:]]
     assert len(rows) == 32
     assert {len(row) for row in rows} == {64}
     assert all(row[0] == "░" for row in rows[1:])  # four keys of a million
