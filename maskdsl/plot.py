@@ -200,12 +200,17 @@ def format_tokens(n: int) -> str:
 
 def add_legend(figure: Figure, names: dict[str, str]) -> None:
     """A legend below the panels."""
-    from matplotlib.patches import Patch
-
-    entries = [Patch(facecolor=colour, label=shorten(name, 60, 1))
-               for name, colour in list(names.items())[:2 * len(PALETTE)]]
+    entries = patches(names)
     figure.legend(handles=entries, loc="outside lower center", ncols=min(3, len(entries)),
                   fontsize=8, frameon=False)
+
+
+def patches(names: dict[str, str]) -> list[Any]:
+    """The entries of a legend; a union of very many operands shows the first of them."""
+    from matplotlib.patches import Patch
+
+    return [Patch(facecolor=colour, label=shorten(name, 60, 1))
+            for name, colour in list(names.items())[:2 * len(PALETTE)]]
 
 
 def finish(figure: Figure, path: str | Path | None) -> Figure:

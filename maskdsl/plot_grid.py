@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maskdsl.cells import PALETTE, Grid, call_shape, mean_share, measure_cells, view_call
+from maskdsl.cells import (
+    PALETTE,
+    Grid,
+    call_shape,
+    mean_share,
+    measure_cells,
+    parts_of,
+    view_call,
+)
 from maskdsl.dynamic import slots_of
 from maskdsl.errors import PictureError
 from maskdsl.expr import Mask
 from maskdsl.heads import count_heads, pick_head
-from maskdsl.plot import add_legend, draw_axes, finish, format_tokens, new_figure, shorten
+from maskdsl.plot import add_legend, draw_axes, finish, format_tokens, new_figure, patches, shorten
 from maskdsl.raster import is_opaque
 from maskdsl.shape import Shape
 from maskdsl.spans import spans
@@ -95,13 +103,19 @@ def plot_masks(masks: Masks, q_len: int | None = None, kv_len: int | None = None
     figure = new_figure(max(4.2, 2.6 * wide), 0.9 + 2.75 * high)
     grid = figure.subplots(high, wide, squeeze=False)
     legend: dict[str, str] = {}
+    operands = {name for _, _, heads in panels for *_, one in heads for name, _ in parts_of(one)}
+    shared = by != "source" or len(operands) <= len(PALETTE)  # else a colour would mean two things
     for i, (title, mask, heads) in enumerate(panels):
         for j, (which, head, one) in enumerate(heads):
             axes = grid[i, j] if by_head else grid[i // wide, i % wide]
             shape = call_shape(mask, length, kv_len, q_offset, total_len)
             view = view_call(mask, shape, batch, head, None, slots)
+            own_legend: dict[str, str] = {}
             draw_axes(axes, one, view, by, (0, shape.q_len), (0, shape.kv_len), tile, cells,
-                      legend)
+                      legend if shared else own_legend)
+            if own_legend:
+                axes.legend(handles=patches(own_legend), loc="upper right", fontsize=5,
+                            frameon=False)
             own = title if len(panels) > 1 and j == 0 else ""
             axes.set_title("\n".join(shorten(text, 36, 2) for text in (own, which) if text),
                            fontsize=8, loc="left", pad=14)
@@ -109,7 +123,8 @@ def plot_masks(masks: Masks, q_len: int | None = None, kv_len: int | None = None
         figure.suptitle(shorten(panels[0][0], 30 * wide, 3), fontsize=9)
     for axes in grid.flat:
         axes.set_visible(bool(axes.images))
-    add_legend(figure, legend)
+    if shared:
+        add_legend(figure, legend)
     return finish(figure, path)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Table: TypeAlias = npt.NDArray[np.float64]
-LEAST = 1e-6  # of a loss, so that none at all has a place on a logarithmic axis
+LOSSLESS = 1e-4  # a smaller loss is drawn at the bottom of its logarithmic axis
 HEADER = ("pattern", "mass %", "worst head", "recall %", "error %", "pairs %", "tiles %", "ms")
 
 
@@ -106,14 +106,16 @@ class Study:
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """What each pattern loses over the pairs it keeps, with the Pareto front; a second panel
-        for the output error where values were given. Bars reach to the worst and best head."""
+        for the output error where values were given. Bars reach to the worst and best head; what
+        loses less than 0.01 % lies at the bottom."""
         panels = [("attention mass lost, %", 1 - self.mass)]
         if self.error is not None:
             panels.append(("output error, %", self.error))
         figure = new_figure(1.2 + 4.6 * len(panels), 4.9)
         grid = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (told, share) in zip(grid, panels, strict=True):
-            lost = 100 * np.maximum(share, LEAST)
+            real = share[share > LOSSLESS]
+            lost = 100 * np.maximum(share, real.min() / 3 if real.size else LOSSLESS)
             pairs = 100 * self.pairs.mean((1, 2))
             mean = lost.mean((1, 2))
             for i, name in enumerate(self.names):
