@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -101,7 +103,19 @@ def view_call(mask: Mask, shape: Shape, batch: int = 0, head: int = 0, heads: in
               slots: Mapping[str, object] | None = None) -> View:
     """The view of one head; the number of heads comes from PerHead where the caller has none."""
     count = heads or count_heads(mask) or head + 1
-    return View(shape, batch, head, count, bind_slots(mask, slots or {}, shape))
+    data = {name: to_cpu(value) for name, value in (slots or {}).items()}
+    return View(shape, batch, head, count, bind_slots(mask, data, shape))
+
+
+def to_cpu(value: Any) -> Any:
+    """A slot's data with its tensors on the CPU, where pictures are made."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    moved = copy.copy(value)
+    for name, held in getattr(value, "__dict__", {}).items():
+        if isinstance(held, torch.Tensor):
+            object.__setattr__(moved, name, held.cpu())
+    return moved
 
 
 def measure_cells(mask: Mask, grid: Grid, view: View) -> Cells:

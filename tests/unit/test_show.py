@@ -87,7 +87,7 @@ def test_default_lengths(mask: Mask, length: int) -> None:
 
 @pytest.mark.parametrize("mask", [
     TRIANGLE, Causal() & (Stride(256) | Window(512)), Causal() & longnet(),
-    Causal() & Slash(range(0, 9000, 40)), Causal() & Where(lambda b, h, q, k: (q + k) % 3 == 0)])
+    Causal() & Slash(range(0, 9000, 300)), Causal() & Where(lambda b, h, q, k: (q + k) % 3 == 0)])
 @pytest.mark.parametrize("by", ["source", "token", "tile"])
 def test_a_million_tokens_in_seconds(mask: Mask, by: str) -> None:
     start = time.perf_counter()
