@@ -180,11 +180,17 @@ def walk_tiles(plan: Plan, site: Site, shape: Shape,
         for start, stop in masked:
             kinds[start[i]:stop[i]] = 1
         if plan.sieve is not None and tiles.size:
-            kinds *= plan.sift(values | {"p_first": values["p_first"][i:i + 1],
-                                         "p_last": values["p_last"][i:i + 1]}, tiles)[0]
+            kinds *= plan.sift(row_of(values, i), tiles)[0]
         for start, stop in full:
             kinds[start[i]:stop[i]] = 1 if opaque else 2
         yield row, ranges_of(kinds, plan.block_n, shape.kv_len)
+
+
+def row_of(values: dict[str, Any], i: int) -> dict[str, Any]:
+    """The bounds' variables for query tile i alone: those with one number a query tile."""
+    rows = len(values["p_first"])
+    return {name: value[i:i + 1] if np.shape(value) == (rows,) and not name.startswith("slot_")
+            else value for name, value in values.items()}
 
 
 def ranges_of(kinds: npt.NDArray[np.int8], block_n: int, kv_len: int) -> list[Range]:

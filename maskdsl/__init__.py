@@ -22,6 +22,7 @@ from maskdsl.atoms import (
     Sink,
     Window,
 )
+from maskdsl.capture import Layer, capture
 from maskdsl.dense import dense, dense_attention
 from maskdsl.dynamic import Blocks, Columns, Document, Prefix, TokenTopK, VerticalSlash
 from maskdsl.errors import MaskDSLError
@@ -37,10 +38,14 @@ from maskdsl.indices import (
     VSIndices,
 )
 from maskdsl.layers import Layers, compile_layers
+from maskdsl.parse import parse
 from maskdsl.periodic import BlockDiagonal, Dilated, RandomBlocks, Slash, Stride, Vertical
+from maskdsl.plot import plot_mask, save_picture
+from maskdsl.plot_grid import plot_masks, plot_sparsity
 from maskdsl.shape import Shape
-from maskdsl.show import save_picture
 from maskdsl.simplify import simplify
+from maskdsl.study import study
+from maskdsl.study_result import Study
 from maskdsl.version import VERSION
 from maskdsl.where import Where
 
@@ -49,9 +54,10 @@ __version__ = VERSION
 __all__ = [
     "Attention", "Band", "BlockDiagonal", "BlockIndices", "Blocks", "Causal", "Chunk",
     "ColumnIndices", "Columns", "Diagonal", "Dilated", "Document", "Documents", "Empty", "FirstQ",
-    "Full", "KeyRange", "LastQ", "Layers", "ListSizes", "Mask", "MaskDSLError", "PerHead",
+    "Full", "KeyRange", "LastQ", "Layer", "Layers", "ListSizes", "Mask", "MaskDSLError", "PerHead",
     "Prefix", "PrefixLM", "PrefixLengths", "QueryRange", "RandomBlocks", "Shape", "Sink", "Slash",
-    "Stride", "TokenIndices", "TokenTopK", "VSIndices", "Vertical", "VerticalSlash", "Where",
-    "Window", "compile", "compile_layers", "dense", "dense_attention", "errors", "explain",
-    "from_json", "save_picture", "simplify",
+    "Stride", "Study", "TokenIndices", "TokenTopK", "VSIndices", "Vertical", "VerticalSlash",
+    "Where", "Window", "capture", "compile", "compile_layers", "dense", "dense_attention", "errors",
+    "explain", "from_json", "parse", "plot_mask", "plot_masks", "plot_sparsity", "save_picture",
+    "simplify", "study",
 ]

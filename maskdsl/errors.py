@@ -36,6 +36,10 @@ class SerializationError(MaskDSLError, ValueError):
     """A mask cannot be written as text, or a text is not a mask."""
 
 
+class ExpressionError(MaskDSLError, ValueError):
+    """A text is not a mask expression: bad syntax, an unknown name, or more than an expression."""
+
+
 class TraceError(MaskDSLError, TypeError):
     """A mask_mod did something with its indices that cannot be compiled."""
 
@@ -101,3 +105,11 @@ class BackendError(MaskDSLError, RuntimeError):
 
 class ResourceError(MaskDSLError, RuntimeError):
     """The tile sizes asked for do not fit the device, or are not valid tile sizes."""
+
+
+class PictureError(MaskDSLError, ValueError):
+    """A picture that cannot be drawn: nothing in it, an unknown way to colour, no matplotlib."""
+
+
+class StudyError(MaskDSLError, ValueError):
+    """Layers or patterns that cannot be studied: shapes that do not fit, no data for a slot."""

@@ -114,6 +114,29 @@ class Mask:
 
         return draw_text(self, q_len, kv_len)
 
+    def show(self, q_len: int | None = None, kv_len: int | None = None, **options: Any) -> None:
+        """Print the mask as a terminal can show it, at any length; options as in
+        `maskdsl.show.draw_terminal`: head, slots, width, colour and more."""
+        from maskdsl.show import draw_terminal
+
+        print(draw_terminal(self, q_len, kv_len, **options))
+
+    def plot(self, q_len: int | None = None, kv_len: int | None = None, **options: Any) -> Any:
+        """A matplotlib figure of the mask, at any length; options as in
+        `maskdsl.plot.plot_mask`: by="source", "token" or "tile", rows, keys, slots, path and
+        more."""
+        from maskdsl.plot import plot_mask
+
+        return plot_mask(self, q_len, kv_len, **options)
+
+    def to_html(self, path: Any = None, q_len: int | None = None, kv_len: int | None = None,
+                **options: Any) -> str:
+        """One HTML file, zoomable from the whole matrix to single pairs; options as in
+        `maskdsl.page.write_page`. Returns the text, and writes it where a path is given."""
+        from maskdsl.page import write_page
+
+        return write_page(self, path, q_len, kv_len, **options)
+
 
 def _need_mask(left: Mask, operator: str, right: object) -> Mask:
     if not isinstance(right, Mask):

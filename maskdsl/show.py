@@ -1,13 +1,25 @@
-"""Masks as pictures: characters for docstrings and terminals, PNG or SVG for documents."""
+"""Masks as text: characters for docstrings, shades and colours for terminals."""
 
 from __future__ import annotations
 
-import textwrap
-from pathlib import Path
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from itertools import pairwise
 
+import numpy as np
+
+from maskdsl.cells import Grid, Sources, call_shape, find_sources, mean_share, view_call
 from maskdsl.dense import dense
+from maskdsl.errors import PictureError
 from maskdsl.expr import Mask
 from maskdsl.shape import Shape
+
+SHADES = "░▒▓"  # up to a third, two thirds, below one; dead is ·, full is █
+ANSI = (34, 33, 32, 31, 35, 36, 93, 90)  # one for each colour of the palette
+MARGIN = 12  # columns of a terminal that the row numbers take
+WIDEST = 96  # characters of a picture
 
 
 def draw_text(mask: Mask, q_len: int, kv_len: int | None = None) -> str:
@@ -16,26 +28,79 @@ def draw_text(mask: Mask, q_len: int, kv_len: int | None = None) -> str:
     return "\n".join("".join("#" if x else "·" for x in row) for row in live.tolist())
 
 
-def save_picture(mask: Mask, path: str | Path, length: int = 128, block: int = 0) -> Path:
-    """Draw the mask of a square call of `length` tokens into a PNG, SVG or PDF file.
+def draw_terminal(mask: Mask, q_len: int | None = None, kv_len: int | None = None, *,
+                  q_offset: int | None = None, total_len: int | None = None, batch: int = 0,
+                  head: int = 0, heads: int | None = None,
+                  slots: Mapping[str, object] | None = None, width: int | None = None,
+                  colour: bool | None = None) -> str:
+    """The mask in Unicode at a terminal's resolution, for any length.
 
-    block  draw tile borders every `block` tokens; 0 for none
-    Needs matplotlib: `pip install maskdsl[plot]`.
+    q_len, kv_len  tokens; default: a length at which the mask's own sizes can be seen
+    head, heads    which head of how many (PerHead, or slots with data for each head)
+    slots          the call-time data of every slot, by name
+    width          characters; default: what fits the terminal, at most 96
+    colour         a colour for each operand of the union; default: if the output is a terminal and
+                   NO_COLOR is not set
+
+    A cell is `·` where no pair is live, `█` where all are, `░▒▓` between. Errors: ShapeError,
+    MissingSlotError, PictureError.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    shape = call_shape(mask, q_len, kv_len, q_offset, total_len)
+    if colour is None:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    columns = min(WIDEST, shutil.get_terminal_size().columns - MARGIN) if width is None else width
+    if columns < 1 or not shape.q_len or not shape.kv_len:
+        raise PictureError(f"a picture {columns} characters wide of {shape.q_len} x "
+                           f"{shape.kv_len} pairs", "there is nothing to draw",
+                           "mask.show(64, width=64)")
+    high = max(1, columns * shape.q_len // (2 * max(shape.q_len, shape.kv_len)))
+    wide = max(1, columns * shape.kv_len // max(shape.q_len, shape.kv_len))
+    if max(shape.q_len, shape.kv_len) <= columns:
+        high, wide = shape.q_len, shape.kv_len  # one character a pair
+    grid = Grid.over((0, shape.q_len), (0, shape.kv_len), high, wide)
+    sources = find_sources(mask, grid, view_call(mask, shape, batch, head, heads, slots))
+    return "\n".join([*_head(mask, shape, grid, sources), *_rows(grid, sources, colour),
+                      *_legend(sources, colour)])
 
-    figure = Figure(figsize=(5.2, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.imshow(dense(mask, Shape(length, length))[0, 0].numpy(), cmap="Blues", vmin=0, vmax=1.35,
-                interpolation="nearest", extent=(0, length, length, 0))
-    if block:
-        ticks = range(0, length + 1, block)
-        axes.set_xticks(ticks)
-        axes.set_yticks(ticks)
-        axes.grid(color="0.75", linewidth=0.5)
-    axes.set(xlabel="key", ylabel="query")
-    axes.set_title(textwrap.fill(repr(mask), 64), fontsize=9)
-    figure.savefig(path, dpi=150)
-    return Path(path)
+
+def _head(mask: Mask, shape: Shape, grid: Grid, sources: Sources) -> list[str]:
+    rows, keys = (int(np.diff(edges).max()) for edges in (grid.rows, grid.keys))
+    share = 100 * mean_share(sources.cells, grid)
+    return [repr(mask), f"{shape.q_len:,} queries x {shape.kv_len:,} keys, {share:.3g} % live; "
+            f"a character is {rows:,} x {keys:,} pairs"]
+
+
+def _rows(grid: Grid, sources: Sources, colour: bool) -> list[str]:
+    """One line a row of cells, with the first query of every fourth line before it."""
+    lines = []
+    places = [f"{row:,}" for row in grid.rows[:-1].tolist()]
+    margin = max(map(len, places))
+    for y, place in enumerate(places):
+        shares, owners = sources.cells.share[y], sources.owner[y]
+        cells = [_cell(*cell) for cell in zip(shares, owners, sources.cells.full[y], strict=True)]
+        text = _paint(cells, owners.tolist()) if colour else "".join(cells)
+        lines.append(f"{place if y % 4 == 0 else '':>{margin}} {text}")
+    return lines
+
+
+def _cell(share: float, owner: int, full: bool) -> str:
+    if owner < 0:
+        return "·"
+    return "█" if full else SHADES[min(2, int(share * 3))]
+
+
+def _paint(cells: list[str], owners: list[int]) -> str:
+    """The cells with colours, one escape for each run of an owner."""
+    borders = [0, *(i for i in range(1, len(cells)) if owners[i] != owners[i - 1]), len(cells)]
+    return "".join(_coloured("".join(cells[a:b]), owners[a]) for a, b in pairwise(borders))
+
+
+def _coloured(text: str, owner: int) -> str:
+    code = 90 if owner < 0 else ANSI[owner % len(ANSI)]
+    return f"\x1b[{code}m{text}\x1b[0m"
+
+
+def _legend(sources: Sources, colour: bool) -> list[str]:
+    if len(sources.names) == 1 or not colour:
+        return []
+    return ["", *(f"{_coloured('█', i)} {name}" for i, name in enumerate(sources.names))]

@@ -11,7 +11,20 @@ from oracle import Case, check_case, make_inputs
 from strategies import masks, shapes
 
 import maskdsl
-from maskdsl import Causal, Full, LastQ, Mask, Shape, Sink, Where, Window, dense, dense_attention
+from maskdsl import (
+    Causal,
+    Chunk,
+    Full,
+    LastQ,
+    Mask,
+    Shape,
+    Sink,
+    Stride,
+    Where,
+    Window,
+    dense,
+    dense_attention,
+)
 from maskdsl.codegen import torch_backend
 
 TORCH = {"backend": "torch"}
@@ -81,3 +94,16 @@ def test_blhd() -> None:
     turned = maskdsl.compile(Window(9), backend="torch", layout="blhd")
     out, lse = turned(*(t.transpose(1, 2) for t in (q, k, v)), return_lse=True)
     assert torch.equal(out.transpose(1, 2), expected) and lse.shape == (2, 4, 50)
+
+
+@pytest.mark.parametrize("mask", [
+    Stride(256), Stride(256, 3) | Stride(256, 4), Stride(300) - Window(100),
+    Window(70) | Stride(512, 1), Chunk(512) & Stride(200)])
+def test_dead_tiles_are_told_for_every_query_tile(mask: Mask) -> None:
+    """The sieve asks about the tile at hand; it once asked about the first for all."""
+    attn = maskdsl.compile(mask, backend="torch")
+    assert attn.plan.sieve is not None
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 1000, 16) for _ in range(3))
+    exact, _ = dense_attention(q, k, v, dense(attn.mask, Shape(1000, 1000)))
+    assert torch.allclose(attn(q, k, v), exact, atol=1e-5)

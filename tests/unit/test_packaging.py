@@ -30,7 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_tree(wheel: Path, project: Path) -> None:
     built = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    suffixes = (".py", ".txt", ".typed")
+    suffixes = (".py", ".txt", ".typed", ".html", ".js")
     tree = set()
     for folder, inside in (("maskdsl", "maskdsl"), ("codegen", "maskdsl/codegen"),
                            ("patterns", "maskdsl/patterns")):

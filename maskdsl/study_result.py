@@ -1,0 +1,170 @@
+"""What `study` found: tables, the Pareto front, pictures of it and of layers and heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from maskdsl.cells import PALETTE
+from maskdsl.columns import format_number, format_table
+from maskdsl.errors import StudyError
+from maskdsl.plot import finish, format_tokens, new_figure, shorten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Table: TypeAlias = npt.NDArray[np.float64]
+LOSSLESS = 1e-4  # a smaller loss is drawn at the bottom of its logarithmic axis
+HEADER = ("pattern", "mass %", "worst head", "recall %", "error %", "pairs %", "tiles %", "ms")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """From `explain`; None where it cannot tell before the call.
+
+    tiles  visited tiles over those of dense causal attention; ms: predicted, all heads of a layer
+    """
+
+    tiles: float | None
+    ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """Numbers for every pattern, layer and head; `print` it for the table.
+
+    names                the patterns
+    q_len, kv_len        tokens; rows: query rows looked at in each head; top: of `recall`
+    mass, recall, pairs  float64[patterns, layers, heads], shares in 0..1
+    error                the same, relative; None where no values were given
+    costs                of each pattern, from `explain`
+    """
+
+    names: tuple[str, ...]
+    q_len: int
+    kv_len: int
+    rows: int
+    top: int
+    mass: Table
+    recall: Table
+    pairs: Table
+    error: Table | None
+    costs: tuple[Cost, ...]
+
+    def rows_of_table(self) -> list[tuple[str, ...]]:
+        """One row of text a pattern; means over layers and heads."""
+        rows = []
+        for i, name in enumerate(self.names):
+            layer, head = np.unravel_index(self.mass[i].argmin(), self.mass[i].shape)
+            cost = self.costs[i]
+            numbers = (self.recall[i].mean(), None if self.error is None else self.error[i].mean(),
+                       self.pairs[i].mean(), cost.tiles)
+            rows.append((shorten(name, 60, 1), format_number(100 * self.mass[i].mean()),
+                         f"{format_number(100 * self.mass[i].min())} (L{layer} H{head})",
+                         *(format_number(None if x is None else 100 * x) for x in numbers),
+                         format_number(cost.ms)))
+        return rows
+
+    def __str__(self) -> str:
+        layers, heads = self.mass.shape[1:]
+        told = (f"{self.q_len:,} queries x {self.kv_len:,} keys, {layers} layers of {heads} heads, "
+                f"{self.rows:,} rows a head; recall of the {self.top} largest keys; pairs and "
+                f"tiles: share of dense")
+        front = ", ".join(self.names[i] for i in self.front())
+        return f"{told}\n{format_table(HEADER, self.rows_of_table())}\nPareto front: {front}"
+
+    def _repr_html_(self) -> str:
+        lines = [HEADER, *self.rows_of_table()]
+        cells = ["".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in line)
+                 for tag, line in zip(["th"] + ["td"] * (len(lines) - 1), lines, strict=True)]
+        return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+    def front(self) -> list[int]:
+        """Patterns that no other beats: less mass lost for as few pairs; from few to many pairs."""
+        pairs, mass = self.pairs.mean((1, 2)), self.mass.mean((1, 2))
+        beaten = [any((pairs[j] <= pairs[i]) & (mass[j] >= mass[i])
+                      & ((pairs[j] < pairs[i]) | (mass[j] > mass[i]))
+                      for j in range(len(pairs))) for i in range(len(pairs))]
+        return sorted((i for i in range(len(pairs)) if not beaten[i]), key=lambda i: pairs[i])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"q_len": self.q_len, "kv_len": self.kv_len, "rows": self.rows, "top": self.top,
+                "front": [self.names[i] for i in self.front()],
+                "patterns": {name: {
+                    "mass": self.mass[i].tolist(), "recall": self.recall[i].tolist(),
+                    "pairs": self.pairs[i].tolist(), "tiles": self.costs[i].tiles,
+                    "ms": self.costs[i].ms,
+                    "error": None if self.error is None else self.error[i].tolist()}
+                    for i, name in enumerate(self.names)}}
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """What each pattern loses over the pairs it keeps, with the Pareto front; a second panel
+        for the output error where values were given. Bars reach to the worst and best head; what
+        loses less than 0.01 % lies at the bottom."""
+        panels = [("attention mass lost, %", 1 - self.mass)]
+        if self.error is not None:
+            panels.append(("output error, %", self.error))
+        figure = new_figure(1.2 + 4.6 * len(panels), 4.9)
+        grid = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (told, share) in zip(grid, panels, strict=True):
+            real = share[share > LOSSLESS]
+            lost = 100 * np.maximum(share, real.min() / 3 if real.size else LOSSLESS)
+            pairs = 100 * self.pairs.mean((1, 2))
+            mean = lost.mean((1, 2))
+            for i, name in enumerate(self.names):
+                bars = np.abs(np.array([[lost[i].min()], [lost[i].max()]]) - mean[i])
+                axes.errorbar(pairs[i], mean[i], bars, fmt="os^Dvp*X"[i // len(PALETTE) % 8],
+                              color=PALETTE[i % len(PALETTE)], capsize=3, elinewidth=0.8,
+                              label=shorten(name, 48, 1))
+            front = self.front()
+            axes.plot(pairs[front], mean[front], color="0.6", linewidth=1, zorder=0)
+            axes.set(xscale="log", yscale="log", xlabel="live pairs, % of dense")
+            mark_plainly(axes)
+            axes.set_title(told, loc="left", fontsize=9)
+            axes.grid(alpha=0.3)
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8,
+                      frameon=False)
+        figure.suptitle(f"{format_tokens(self.kv_len)} tokens, {self.mass.shape[1]} layers of "
+                        f"{self.mass.shape[2]} heads; line: Pareto front", fontsize=9)
+        return finish(figure, path)
+
+    def plot_heads(self, pattern: str, value: str = "mass",
+                   path: str | Path | None = None) -> Figure:
+        """One number of a pattern as a map of layers and heads.
+
+        value  "mass", "recall", "pairs" or "error"
+        """
+        table = getattr(self, value, None) if value in ("mass", "recall", "pairs", "error") else \
+            None
+        if pattern not in self.names or table is None:
+            raise StudyError(f"plot_heads({pattern!r}, {value!r})", "no such pattern or number",
+                             f"one of {', '.join(map(repr, self.names))}; mass, recall, pairs, or "
+                             "error where values were given")
+        numbers = 100 * table[self.names.index(pattern)]
+        figure = new_figure(max(3.6, 1.6 + 0.32 * numbers.shape[1]),
+                            max(2.4, 1.3 + 0.26 * numbers.shape[0]))
+        axes = figure.subplots()
+        image = axes.imshow(numbers, cmap="viridis", aspect="auto", interpolation="nearest")
+        figure.colorbar(image, ax=axes, label=f"{value}, %")
+        axes.set(xlabel="head", ylabel="layer")
+        axes.locator_params(integer=True)
+        axes.set_title(shorten(pattern, 60, 2), fontsize=9, loc="left")
+        return finish(figure, path)
+
+
+def mark_plainly(axes: Axes) -> None:
+    """Ticks at 1, 2 and 5 of every decade, as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
