@@ -120,3 +120,58 @@ def count_spills(chip: str, text: str, serial: bool = False) -> int:
         run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert serial or "C75" not in run.stderr, run.stderr  # "wgmma serialized" and its kin
     return sum(map(int, re.findall(r"(\d+) bytes spill", run.stderr)))
+
+
+def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, group: int,
+                   *, causal: bool = True) -> tuple[Compiled, list[list[str]]]:
+    """Compile the Hopper kernel of a mask for `group` query heads a key/value head; also the
+    machine instructions of its loops (`loops_of`)."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from maskdsl.codegen.hopper import HopperForward, blocks_of, constants_of, pick_hopper
+
+    whole = simplify(Causal() & mask if causal else mask)
+    config = pick_hopper(whole, group, head_dim)
+    _, forward = HopperForward(whole).kernel(config)
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    constants = constants_of(config, with_lse=True)
+    blocks = dict(zip((name for name in forward.arg_names if name.endswith("desc")),
+                      blocks_of(config, head_dim, value_dim), strict=True))
+    signature, places, attributes = {}, {}, {}
+    for i, arg in enumerate(forward.arg_names):
+        if arg in blocks:
+            layout = gl.NVMMASharedLayout.get_default_for(list(blocks[arg]), element)
+            signature[arg] = f"tensordesc<{NAMES[dtype]}{list(blocks[arg])},{layout!r}>"
+        elif arg in constants:
+            signature[arg], places[(i,)] = "constexpr", constants[arg]
+        elif arg.endswith("_ptr") or arg == "queue":
+            signature[arg] = "*i32" if arg == "queue" else "*fp32"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[arg] = "fp32" if arg == "scale" else "i32"
+    options = {name: constants[name] for name in ("num_warps", "maxnreg")}
+    kernel = triton.compile(GluonASTSource(forward, signature, places, attributes),
+                            target=TARGETS["sm_90"], options=options)
+    text = kernel.asm["ptx"]
+    return (Compiled(kernel.metadata.shared, count_spills("sm_90", text), text),
+            loops_of(kernel.asm["cubin"]))
+
+
+def loops_of(cubin: bytes) -> list[list[str]]:
+    """The innermost loops with tensor core products, each a list of opcodes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        run = subprocess.run([knobs.nvidia.cuobjdump.path, "-sass", str(path)],
+                             capture_output=True, text=True, check=True)
+    found = [(int(at, 16), text) for at, text in
+             re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\d+ +)?([^;]+);", run.stdout)]
+    loops = []
+    for at, text in found:
+        back = re.search(r"^BRA.*0x([0-9a-f]+)", text)
+        if back and int(back[1], 16) < at:
+            body = [op.split()[0] for place, op in found if int(back[1], 16) <= place <= at]
+            if sum(op.startswith("HGMMA") for op in body) in range(1, 33):
+                loops.append(body)
+    return loops
