@@ -198,6 +198,10 @@ class HopperForward:
         """The config in use."""
         return self.chosen or pick_hopper(self.mask, group, head_dim)
 
+    def default_plan(self, head_dim: int) -> Plan:
+        """The plan for four query heads a key/value head."""
+        return self.kernel(self.config(4, head_dim))[0]
+
     def kernel(self, config: HopperConfig) -> tuple[Plan, Any]:
         """Plan and JIT function for one config."""
         if config not in self.modules:

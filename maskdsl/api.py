@@ -208,10 +208,17 @@ class Attention:
     @property
     def plan(self) -> Plan:
         """The plan of the kernel for bfloat16 and head dimension 128 (or of the torch backend); of
-        `PerHead` that of one kind of head (the costliest, on a GPU)."""
+        `PerHead` that of one kind of head (the costliest, on a GPU); of the Hopper kernel that for
+        four query heads a key/value head."""
+        forward: Any = self._forward
+        plan: Plan
         if self.backend == "torch":
-            return self._forward.plan  # type: ignore[union-attr]
-        return self._forward.default_plans(HEAD_DIM)[0]  # type: ignore[union-attr]
+            plan = forward.plan
+        elif self.backend == "hopper":
+            plan = forward.hopper.default_plan(HEAD_DIM)
+        else:
+            plan = forward.default_plans(HEAD_DIM)[0]
+        return plan
 
     @property
     def source(self) -> str:
@@ -220,6 +227,10 @@ class Attention:
 
         if self.backend == "torch":
             return emit_source(self.plan)
+        if self.backend == "hopper":
+            from maskdsl.codegen.emit_hopper import emit_hopper
+
+            return emit_hopper(self.plan)
         forward: Any = self._forward
         heads = tuple(len(heads) for heads, _ in forward.kinds if heads)
         return emit_kernels(forward.default_plans(HEAD_DIM), heads)
