@@ -19,7 +19,8 @@ from maskdsl.tiles import count_pairs
 DENSE_KEY = "dense"
 SHORT, LONG, LONGEST = 32768, 131072, 524288
 DEFAULT_DIM = DIM
-NAME = re.compile(r"(?:sink-(?P<s>\d+)-)?window-(?P<w>\d+)|triangle-(?P<ts>\d+)-(?P<tw>\d+)-(?P<tn>\d+)")
+NAME = re.compile(r"(?:sink-(?P<s>\d+)-)?window-(?P<w>\d+)"
+                  r"|triangle-(?P<ts>\d+)-(?P<tw>\d+)-(?P<tn>\d+)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ class CudnnFlex(Peer):
 
     The mask function gives, for each query, the live keys as [0, F0) | [F1, F2) | ..., sorted;
     plan and function depend on the geometry of the call alone and can be kept. Both are built in
-    `mask_ms`. An H100, B200 or B300 is needed, head dimensions are multiples of 8 up to 128, or 256.
+    `mask_ms`. It needs an H100, B200 or B300; head dimensions are multiples of 8 up to 128, or 256.
     """
 
     key, name = "cudnn", "cuDNN flex_attention"

@@ -3,7 +3,7 @@
 from typing import Any
 
 import cutlass
-import cutlass.cute as cute
+from cutlass import cute
 from flash_attn.cute import utils
 
 # No `from __future__ import annotations`: CuTe reads the annotations of a jitted function.

@@ -56,19 +56,17 @@ class FlexDefault(Peer):
         blocks = int(tables.kv_num_blocks.sum())
         if tables.full_kv_num_blocks is not None:
             blocks += int(tables.full_kv_num_blocks.sum())
-        prepared = Prepared(
+        return Prepared(
             lambda: flex(*tensors, block_mask=tables, enable_gqa=True, kernel_options=options),
             mask_ms=ms, mask_first_s=first, visited=blocks * BLOCK * BLOCK * case.heads,
-            settings=str(options or ""))
-        prepared.tables = tables  # type: ignore[attr-defined]
-        return prepared
+            settings=str(options or ""), tables=tables)
 
 
 class FlexTuned(FlexDefault):
     """FlexAttention with the fastest of forward.SETTINGS.
 
-    All of them are tried for the first case of a pattern and head size, as far as the time limit
-    lets; later lengths take the winner.
+    All of them are tried for the first long case of a pattern and head size, as far as the time
+    limit lets; other lengths take the winner. Short calls, which only check the result, try none.
     """
 
     key, name = "flex-tuned", "FlexAttention tuned"
@@ -80,6 +78,8 @@ class FlexTuned(FlexDefault):
         from benchmarks.forward import SETTINGS
 
         found = self.best.get((case.pattern, case.dim))
+        if found is None and case.length < COMPILED_FROM:
+            found = SETTINGS[1]
         if found is not None:
             return self.prepared(case, tensors, found)
         times: list[tuple[float, dict[str, int]]] = []
@@ -90,7 +90,7 @@ class FlexTuned(FlexDefault):
             try:
                 made = self.prepared(case, tensors, options, tables)
                 if tables is None:
-                    tables, ms, first = made.tables, made.mask_ms, made.mask_first_s  # type: ignore[attr-defined]
+                    tables, ms, first = made.tables, made.mask_ms, made.mask_first_s
                 times.append((time_ms(made.run, repeat_ms=50), options))
             except Exception as error:  # one setting that does not fit must not hide the others
                 print(f"FlexAttention {options}: {type(error).__name__}", flush=True)

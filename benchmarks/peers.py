@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import maskdsl
-from benchmarks.cases import Case, Pattern
+from benchmarks.cases import DEFAULT_DIM, Case, Pattern
 from maskdsl import Causal, Shape
 from maskdsl.simplify import simplify
 
@@ -37,6 +37,7 @@ class Prepared:
     mask_first_s  seconds of the first build, with compilation
     visited       (query, key) pairs in the tiles that all heads visit; None where not known
     settings      what was chosen, for people
+    tables        what was built, for the peer's own use
     """
 
     run: Callable[[], Any]
@@ -45,6 +46,7 @@ class Prepared:
     mask_first_s: float | None = None
     visited: int | None = None
     settings: str = ""
+    tables: Any = None
 
     def output(self, result: Any) -> torch.Tensor:
         """What `run` returned as [B, H, L, D] (a view)."""
@@ -147,10 +149,13 @@ class Portable(Ours):
         return "" if torch.cuda.is_available() else "no GPU"
 
 
-def visited_pairs(attn: maskdsl.Attention, backend: str, case: Case) -> int:
-    """Pairs in the tiles our kernel visits, all heads together."""
+def visited_pairs(attn: maskdsl.Attention, backend: str, case: Case) -> int | None:
+    """Pairs in the tiles our kernel visits, all heads together; None for the portable kernel with
+    another head dimension than the one `explain` tells about."""
     shape = Shape(case.length, case.length)
     if backend != "hopper":
+        if case.dim != DEFAULT_DIM:
+            return None
         told = attn.explain(case.length)
         return case.heads * told.visited_tiles * told.tile[0] * told.tile[1]
     from maskdsl.codegen.hopper import count_steps, pick_hopper
