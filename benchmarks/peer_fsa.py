@@ -58,8 +58,9 @@ def stand_in() -> Iterator[None]:
 class FlashSparse(Peer):
     """`flash_dense_attn_func` with window_sizes [sink, distant, gap, near] of each key/value head.
 
+    It has no last queries: they take a second, dense call whose rows replace those of the first.
     Its tuner tries dozens of tiles for the first call of a kind, which takes minutes (`--limit`);
-    short calls, which only check the result, are not tuned. It has no last queries: they take a second, dense call whose rows replace those of the first.
+    short calls, which only check the result, are not tuned.
     """
 
     key, name = "fsa", "flash-sparse-attn"
