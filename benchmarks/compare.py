@@ -365,6 +365,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.worker:
         work(options, state_file)
         return
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks.compare needs a CUDA GPU, and there is none here")
     options.out.mkdir(parents=True, exist_ok=True)
     write_state(state_file, first_state(options, state_file))
     state = supervise(options, arguments, state_file)
