@@ -26,6 +26,7 @@ from maskdsl.dense import dense, dense_attention
 from maskdsl.dynamic import Blocks, Columns, Document, Prefix, TokenTopK, VerticalSlash
 from maskdsl.errors import MaskDSLError
 from maskdsl.expr import Mask, from_json
+from maskdsl.flex import FlexMask, from_block_mask
 from maskdsl.heads import PerHead
 from maskdsl.indices import (
     BlockIndices,
@@ -36,6 +37,7 @@ from maskdsl.indices import (
     VSIndices,
 )
 from maskdsl.periodic import BlockDiagonal, Dilated, RandomBlocks, Slash, Stride, Vertical
+from maskdsl.reading import from_mask_mod
 from maskdsl.shape import Shape
 from maskdsl.show import save_picture
 from maskdsl.simplify import simplify
@@ -47,8 +49,9 @@ __version__ = VERSION
 __all__ = [
     "Attention", "Band", "BlockDiagonal", "BlockIndices", "Blocks", "Causal", "Chunk",
     "ColumnIndices", "Columns", "Diagonal", "Dilated", "Document", "Documents", "Empty", "FirstQ",
-    "Full", "KeyRange", "LastQ", "Mask", "MaskDSLError", "PerHead", "Prefix", "PrefixLM",
-    "PrefixLengths", "QueryRange", "RandomBlocks", "Shape", "Sink", "Slash", "Stride",
+    "FlexMask", "Full", "KeyRange", "LastQ", "Mask", "MaskDSLError", "PerHead", "Prefix",
+    "PrefixLM", "PrefixLengths", "QueryRange", "RandomBlocks", "Shape", "Sink", "Slash", "Stride",
     "TokenIndices", "TokenTopK", "VSIndices", "Vertical", "VerticalSlash", "Where", "Window",
-    "compile", "dense", "dense_attention", "errors", "from_json", "save_picture", "simplify",
+    "compile", "dense", "dense_attention", "errors", "from_block_mask", "from_json",
+    "from_mask_mod", "save_picture", "simplify",
 ]
