@@ -38,6 +38,7 @@ from maskdsl.indices import (
 )
 from maskdsl.periodic import BlockDiagonal, Dilated, RandomBlocks, Slash, Stride, Vertical
 from maskdsl.reading import from_mask_mod
+from maskdsl.scores import ALiBi, Bias, RelativePosition, SinkLogits, Softcap
 from maskdsl.shape import Shape
 from maskdsl.show import save_picture
 from maskdsl.simplify import simplify
@@ -47,11 +48,11 @@ from maskdsl.where import Where
 __version__ = VERSION
 
 __all__ = [
-    "Attention", "Band", "BlockDiagonal", "BlockIndices", "Blocks", "Causal", "Chunk",
-    "ColumnIndices", "Columns", "Diagonal", "Dilated", "Document", "Documents", "Empty", "FirstQ",
-    "FlexMask", "Full", "KeyRange", "LastQ", "Mask", "MaskDSLError", "PerHead", "Prefix",
-    "PrefixLM", "PrefixLengths", "QueryRange", "RandomBlocks", "Shape", "Sink", "Slash", "Stride",
-    "TokenIndices", "TokenTopK", "VSIndices", "Vertical", "VerticalSlash", "Where", "Window",
-    "compile", "dense", "dense_attention", "errors", "from_block_mask", "from_json",
-    "from_mask_mod", "save_picture", "simplify",
+    "ALiBi", "Attention", "Band", "Bias", "BlockDiagonal", "BlockIndices", "Blocks", "Causal",
+    "Chunk", "ColumnIndices", "Columns", "Diagonal", "Dilated", "Document", "Documents", "Empty",
+    "FirstQ", "FlexMask", "Full", "KeyRange", "LastQ", "Mask", "MaskDSLError", "PerHead", "Prefix",
+    "PrefixLM", "PrefixLengths", "QueryRange", "RandomBlocks", "RelativePosition", "Shape", "Sink",
+    "SinkLogits", "Slash", "Softcap", "Stride", "TokenIndices", "TokenTopK", "VSIndices",
+    "Vertical", "VerticalSlash", "Where", "Window", "compile", "dense", "dense_attention",
+    "errors", "from_block_mask", "from_json", "from_mask_mod", "save_picture", "simplify",
 ]

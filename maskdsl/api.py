@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -23,6 +24,7 @@ from maskdsl.inputs import (
     check_scale,
     check_tensors,
 )
+from maskdsl.scores import ScoreMod, check_score_data, check_scores
 from maskdsl.shape import Shape
 from maskdsl.simplify import simplify
 
@@ -39,7 +41,8 @@ HEAD_DIM = 128  # what `.plan` and `.source` show before the first call
 
 def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
             layout: str = "bhld", scale: float | None = None,
-            tile: tuple[int, int] | None = None) -> Attention:
+            tile: tuple[int, int] | None = None,
+            scores: ScoreMod | Iterable[ScoreMod] | None = None) -> Attention:
     """A callable that computes attention under `mask`, specialised for it.
 
     mask     the allowed (query, key) pairs
@@ -51,14 +54,18 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     scale    softmax scale; default D ** -0.5
     tile     (queries, keys) per tile of the Triton kernel; default: tuned, see `.explain()`
 
-    Errors: MaskTypeError, BackendError, LayoutError, ScaleError, ResourceError.
+    scores   score modifiers, applied in order: `Softcap`, `ALiBi`, `Bias`, `RelativePosition`,
+             `SinkLogits`; the data of those that take some is given at the call, by name
+
+    Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError.
     """
     if not isinstance(mask, Mask):
         raise MaskTypeError(f"compile({mask!r})", f"a {type(mask).__name__}, which is not a mask",
                             "an expression such as Sink(4) | Window(2048), or Where(fn)")
     whole = simplify(Causal() & mask if causal else mask)
-    return Attention(whole, pick_backend(backend), check_layout(layout), scale, tile,
-                     check_names(mask))
+    slots = check_names(mask)
+    return Attention(whole, pick_backend(backend), check_layout(layout), scale, tile, slots,
+                     check_scores(scores, slots))
 
 
 def pick_backend(backend: str | None) -> str:
@@ -75,10 +82,13 @@ class Attention:
     """Attention under one mask: call it with q, k, v. Made by `compile`."""
 
     def __init__(self, mask: Mask, backend: str, layout: str, scale: float | None,
-                 tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = ()) -> None:
+                 tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = (),
+                 scores: tuple[ScoreMod, ...] = ()) -> None:
         self.mask = mask
         self.slots = slots  # as the user wrote them: simplification may drop one
         self._used = check_names(mask)
+        self.scores = scores
+        self._score_names = tuple(mod.name for mod in scores if mod.name)
         self.backend = backend
         self.layout = layout
         self.scale = None if scale is None else check_scale(scale, 1)
@@ -98,11 +108,12 @@ class Attention:
                 raise BackendError(f"tile={self._tile!r} with backend='torch'",
                                    "only the Triton kernel has a choice of tile",
                                    "leave tile out, or backend='triton'")
-            return TorchForward(self.mask)
+            return TorchForward(self.mask, self.scores)
         from maskdsl.codegen.kernel import TritonForward
         from maskdsl.codegen.tune import config_for_tile
 
-        return TritonForward(self.mask, config_for_tile(self._tile) if self._tile else None)
+        return TritonForward(self.mask, config_for_tile(self._tile) if self._tile else None,
+                             self.scores)
 
     def __repr__(self) -> str:
         return f"<maskdsl attention {self.mask!r}, backend={self.backend!r}>"
@@ -133,7 +144,8 @@ class Attention:
         q_offset   absolute position of query row 0, in tokens; default Lk - Lq
         total_len  length of the whole prompt in tokens; default Lk. Chunked prefill needs it for
                    masks that count from the end (`LastQ`).
-        slots      data for every slot of the mask, by name: `vs=VSIndices(...)`
+        slots      data for every slot of the mask and for score modifiers, by name:
+                   `vs=VSIndices(...)`
 
         Returns the output, of q's dtype and layout with last dimension Dv; with return_lse=True
         also the log-sum-exp, float32 [B, Hq, Lq], natural logarithm. A row without a live key
@@ -151,13 +163,15 @@ class Attention:
             check_ranks(q, k, v, self.layout)  # says what is no tensor
             raise
         if self.backend == "triton":
-            check_gradients(q, k, v)
+            check_gradients(q, k, v, *(slots.get(name) for name in self._score_names))
         if call is None:
             call = self._prepare(q, k, v, scale, q_offset, total_len, return_lse, slots)
             if len(self._ready) >= READY_LIMIT:
                 self._ready.clear()
             self._ready[key] = call
         data = {atom.slot: wrap(atom, slots[atom.slot]) for atom in self._used}
+        for name in self._score_names:
+            data[name] = slots[name]
         result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = call(q, k, v, data)
         return result
 
@@ -173,7 +187,9 @@ class Attention:
         check_limit(self.limit, shape, self.mask)
         check_heads(self.heads, q.shape[1])
         size = CallSize(q.shape[0], q.shape[1], k.shape[1], q.device)
-        check_slots(self.slots, slots, size, shape)
+        masks = {name: data for name, data in slots.items() if name not in self._score_names}
+        check_slots(self.slots, masks, size, shape, self._score_names)
+        check_score_data(self.scores, slots, q.shape[0], q.shape[1], shape, q.device)
         number = check_scale(self.scale if scale is None else scale, q.shape[3])
         return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)
 

@@ -46,9 +46,13 @@ def check_names(mask: Mask) -> tuple[SlotMask, ...]:
 
 
 def check_slots(atoms: tuple[SlotMask, ...], given: Mapping[str, object],
-                size: CallSize | None, shape: Shape) -> dict[str, Any]:
-    """Every slot's data, checked; size None leaves batch, heads and device unchecked."""
-    known = tuple(atom.slot for atom in atoms)
+                size: CallSize | None, shape: Shape,
+                more: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Every slot's data, checked; size None leaves batch, heads and device unchecked.
+
+    more  names of other data the call takes
+    """
+    known = (*(atom.slot for atom in atoms), *more)
     for name in given:
         if name not in known:
             has = f"its slots are {', '.join(known)}" if known else "it has no slots"

@@ -91,6 +91,14 @@ class SlotDataError(MaskDSLError, ValueError):
     """Call-time data of the wrong kind, shape, dtype or device, or one name for two slots."""
 
 
+class ScoreModError(MaskDSLError, TypeError):
+    """A score modifier with bad arguments, or a function where a named modifier is needed."""
+
+
+class ScoreDataError(MaskDSLError, ValueError):
+    """Call-time data of a score modifier of the wrong kind, shape, dtype or device."""
+
+
 class GradientError(MaskDSLError, RuntimeError):
     """An input requires a gradient and this backend has no backward pass."""
 
