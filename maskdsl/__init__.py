@@ -27,6 +27,7 @@ from maskdsl.dynamic import Blocks, Columns, Document, Prefix, TokenTopK, Vertic
 from maskdsl.errors import MaskDSLError
 from maskdsl.expr import Mask, from_json
 from maskdsl.flex import FlexMask, from_block_mask
+from maskdsl.flex_call import flex_attention
 from maskdsl.heads import PerHead
 from maskdsl.indices import (
     BlockIndices,
@@ -54,5 +55,6 @@ __all__ = [
     "PrefixLM", "PrefixLengths", "QueryRange", "RandomBlocks", "RelativePosition", "Shape", "Sink",
     "SinkLogits", "Slash", "Softcap", "Stride", "TokenIndices", "TokenTopK", "VSIndices",
     "Vertical", "VerticalSlash", "Where", "Window", "compile", "dense", "dense_attention",
-    "errors", "from_block_mask", "from_json", "from_mask_mod", "save_picture", "simplify",
+    "errors", "flex_attention", "from_block_mask", "from_json", "from_mask_mod", "save_picture",
+    "simplify",
 ]

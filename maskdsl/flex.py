@@ -175,6 +175,12 @@ class FlexMask(NamedTuple):
     slots: dict[str, BlockIndices]
 
 
+@lru_cache(maxsize=256)
+def read_mask_mod(mask_mod: Any) -> Mask:
+    """`from_mask_mod`, remembered: a training loop brings one function many times."""
+    return from_mask_mod(mask_mod)
+
+
 def from_block_mask(block_mask: Any) -> FlexMask:
     """The same set of pairs as a FlexAttention `BlockMask`, lists and function both.
 
@@ -188,7 +194,7 @@ def from_block_mask(block_mask: Any) -> FlexMask:
     if name == "_sliced_mask_mod_error":
         raise SlotDataError("from_block_mask of a sliced BlockMask", "slicing drops its mask_mod",
                             "the BlockMask before slicing")
-    inside = from_mask_mod(block_mask.mask_mod)
+    inside = read_mask_mod(block_mask.mask_mod)
     q_block, kv_block = block_mask.BLOCK_SIZE
     if max(q_block, kv_block) > MAX_BLOCK:  # one block for everything: there is no list
         return FlexMask(inside, {})

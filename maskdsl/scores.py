@@ -120,8 +120,12 @@ class ALiBi(ScoreMod):
         return self.slopes
 
     def apply(self, scores: Tensor, at: ScorePlace, data: Tensor | None) -> Tensor:
-        slopes = torch.tensor(self.for_heads(at.heads), dtype=scores.dtype, device=scores.device)
-        return scores + slopes[at.head] * (at.k - at.p)
+        slopes = self.table(at.heads, scores.device) if data is None else data
+        return scores + slopes[at.head].to(scores.dtype) * (at.k - at.p)
+
+    def table(self, heads: int, device: torch.device | str) -> Tensor:
+        """The slopes as float64[heads]."""
+        return torch.tensor(self.for_heads(heads), dtype=torch.float64, device=device)
 
 
 def published_slopes(heads: int) -> tuple[float, ...]:
@@ -270,10 +274,18 @@ def modify_scores(scores: Tensor, mods: tuple[ScoreMod, ...], at: ScorePlace,
 
 
 def score_mod(mods: tuple[ScoreMod, ...], heads: int, data: Mapping[str, Tensor],
-              q_offset: int = 0) -> Callable[..., Tensor]:
-    """The modifiers of pairs as FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)`."""
+              q_offset: int = 0, device: torch.device | str = "cpu") -> Callable[..., Tensor]:
+    """The modifiers of pairs as FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)`.
+
+    Every tensor is made before: inductor takes none that a score_mod makes.
+    """
+    tables = [mod.table(heads, device) if isinstance(mod, ALiBi) else data.get(mod.name)
+              for mod in mods]
+
     def modify(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Any:
         at = ScorePlace(b, h, q_idx + q_offset, kv_idx, q_offset, heads)
-        return modify_scores(score, mods, at, data)
+        for mod, table in zip(mods, tables, strict=True):
+            score = mod.apply(score, at, table)
+        return score
 
     return modify
