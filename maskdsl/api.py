@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 
+from maskdsl import ops
 from maskdsl.atoms import Causal
 from maskdsl.binding import CallSize, check_names, check_slots, describe, wrap
 from maskdsl.dynamic import SlotMask
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
     from maskdsl.codegen.plan import Plan
     from maskdsl.codegen.torch_backend import TorchForward
 
+Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 BACKENDS = ("triton", "torch")
+ANY_AUTOCAST = torch._C._is_any_autocast_enabled  # a quarter of the cost of asking for one device
 READY_LIMIT = 4096  # kinds of calls remembered
 HEAD_DIM = 128  # what `.plan` and `.source` show before the first call
 
@@ -97,6 +100,8 @@ class Attention:
         self.heads = count_heads(mask)
         self._tile = tile
         self._ready: dict[Any, Any] = {}  # what a call looks like -> how to run it
+        self._key = ops.register(self, mask, {"backend": backend, "layout": layout, "scale": scale,
+                                              "tile": tile}, scores)
         _ = self._forward  # what cannot be compiled fails now, not at the first call
 
     @cached_property
@@ -133,7 +138,7 @@ class Attention:
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
                  scale: float | None = None, q_offset: int | None = None,
                  total_len: int | None = None, return_lse: bool = False,
-                 **slots: object) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+                 **slots: object) -> Result:
         """softmax(scale * q k^T restricted to the mask) v.
 
         q          [B, Hq, Lq, D]; float16, bfloat16 or float32; D in 16..256
@@ -153,6 +158,14 @@ class Attention:
         UnknownSlotError, MissingSlotError, SlotDataError, GradientError, all before anything is
         launched.
         """
+        if torch.compiler.is_compiling() or ANY_AUTOCAST():
+            return self._call_traced(q, k, v, scale, q_offset, total_len, return_lse, slots)
+        return self._call_eager(q, k, v, scale, q_offset, total_len, return_lse, slots)
+
+    def _call_eager(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                    scale: float | None, q_offset: int | None, total_len: int | None,
+                    return_lse: bool, slots: dict[str, Any]) -> Result:
+        """Find how calls that look like this one are run, and run it."""
         try:
             key = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype,
                    v.dtype, q.device, k.device, v.device, (k.data_ptr() | v.data_ptr()) % 16,
@@ -169,11 +182,39 @@ class Attention:
             if len(self._ready) >= READY_LIMIT:
                 self._ready.clear()
             self._ready[key] = call
+        data = self._data_of(slots) if slots else {}
+        result: Result = call(q, k, v, data)
+        return result
+
+    def _data_of(self, slots: dict[str, Any]) -> dict[str, Any]:
+        """The data a backend takes, by name."""
         data = {atom.slot: wrap(atom, slots[atom.slot]) for atom in self._used}
         for name in self._score_names:
             data[name] = slots[name]
-        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = call(q, k, v, data)
-        return result
+        return data
+
+    def prepare_call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
+                     q_offset: int | None, total_len: int | None, return_lse: bool,
+                     slots: dict[str, object]) -> Callable[..., Any]:
+        """A checked call, as a function of (q, k, v, slots) of the same sizes."""
+        call = self._prepare(q, k, v, scale, q_offset, total_len, return_lse, slots)
+        return lambda q, k, v, slots: call(q, k, v, self._data_of(slots))
+
+    def _call_traced(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                     scale: float | None, q_offset: int | None, total_len: int | None,
+                     return_lse: bool, slots: dict[str, Any]) -> Result:
+        """A call inside a graph or under autocast, which casts q, k and v as it does for SDPA."""
+        if torch.is_autocast_enabled(q.device.type):
+            dtype = torch.get_autocast_dtype(q.device.type)
+            q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+        if not torch.compiler.is_compiling():
+            with torch.autocast(q.device.type, enabled=False):
+                return self._call_eager(q, k, v, scale, q_offset, total_len, return_lse, slots)
+        tensors, parts = ops.take_apart(slots)
+        check_ranks(q, k, v, self.layout)
+        out, lse = ops.attention(q, k, v, tensors, self._key, parts, scale, q_offset, total_len,
+                                 return_lse)
+        return (out, lse) if return_lse else out
 
     def _prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
                  q_offset: int | None, total_len: int | None, return_lse: bool,
@@ -224,3 +265,6 @@ class Attention:
         if self.slots and self.backend == "torch":  # its plan is of a superset
             plan = self._forward.counted_plan  # type: ignore[union-attr]
         return explain_call(plan, repr(self.mask), shape, self.backend, heads, head_dim)
+
+
+ops.set_builder(Attention)

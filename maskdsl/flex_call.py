@@ -62,8 +62,9 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor,  # noqa: PLR0913  
     mask, data = _read_block_mask(block_mask, query.shape[2], key.shape[2])
     call = _compiled(mask, check_scores(score_mod, ()), backend)
     with_lse = return_lse or bool(getattr(return_aux, "lse", False))
-    result = call(query, key, value, scale=scale, q_offset=q_offset, total_len=total_len,
-                  return_lse=with_lse, **data, **(slots or {}))
+    result: Any = call(query, key, value, scale=scale, q_offset=q_offset,
+                       total_len=total_len,
+                       return_lse=with_lse, **data, **(slots or {}))  # type: ignore[call-overload]
     if return_aux is None:
         return result
     from torch.nn.attention.flex_attention import AuxOutput
