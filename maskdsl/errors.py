@@ -107,5 +107,9 @@ class BackendError(MaskDSLError, RuntimeError):
     """The backend asked for does not exist or cannot run here."""
 
 
+class IntegrationError(MaskDSLError, ValueError):
+    """Another library's model or call asks for something that is not supported."""
+
+
 class ResourceError(MaskDSLError, RuntimeError):
     """The tile sizes asked for do not fit the device, or are not valid tile sizes."""

@@ -154,6 +154,12 @@ class TracedBool(_Traced):
     def __or__(self, other: Any) -> TracedBool:
         return TracedBool(disjoin(self.condition, condition_of(other)))
 
+    device = None  # for functions of transformers: mask(...).to(result.device)
+
+    def to(self, *where: Any) -> TracedBool:
+        """Itself."""
+        return self
+
     def __xor__(self, other: Any) -> TracedBool:
         a, b = self.condition, condition_of(other)
         return TracedBool(disjoin(conjoin(a, negate(b)), conjoin(negate(a), b)))
