@@ -13,7 +13,8 @@ from pathlib import Path
 from benchmarks.measure import Report, current_commit
 
 QUESTIONS = ("forward", "dense", "million", "cold", "host", "cpu", "sweep",
-             "vertical_slash", "triangle", "estimate")
+             "vertical_slash", "triangle", "estimate", "probe", "quality", "passkey", "ttft",
+             "compiled")
 
 
 def main() -> None:

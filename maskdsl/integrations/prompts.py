@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -148,7 +149,7 @@ def runs_of_row(numbers: list[int]) -> list[tuple[int, int]]:
     """[0, 0, 1, 1, 1]  -->  [(0, 2), (2, 5)]."""
     borders = [0, *(i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1]),
                len(numbers)]
-    return [(a, b) for a, b in zip(borders, borders[1:], strict=False) if a < b]
+    return [(a, b) for a, b in pairwise(borders) if a < b]
 
 
 def tokens_of_row(row: list[bool]) -> tuple[tuple[int, int], ...]:

@@ -259,8 +259,8 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
         for slot, estimate in (state.estimators if state else {}).items():
             data[slot] = estimate(inside[0].transpose(1, 2), inside[1].transpose(1, 2))
         attention = compiled(shift_mask(mask, part.shift), scores, backend)
-        found = attention(*inside, scale=scaling, q_offset=part.q_offset,  # type: ignore[call-overload]
-                          total_len=part.total_len, **data)
+        found: Any = attention(*inside, scale=scaling, q_offset=part.q_offset,
+                               total_len=part.total_len, **data)  # type: ignore[call-overload]
         if out is None:
             return found, None
         out[rows_, part.q_start:part.q_stop] = found
@@ -322,7 +322,8 @@ def attend_traced(state: LayerState | None, call: Call, q: Tensor, k: Tensor, v:
                   scaling: float | None, sinks: Tensor | None) -> Tensor:
     """A prompt inside a graph: nothing can be read on the host, so there is one prompt a row."""
     a = call.arguments
-    if state is None or state.estimators or a.get("use_vmap") or not isinstance(a["kv_offset"], int):
+    unclear = a.get("use_vmap") or not isinstance(a["kv_offset"], int)
+    if state is None or state.estimators or unclear:
         raise IntegrationError("a compiled model with this policy or mask", "a graph holds plain "
                                "masks of layers that `apply` has seen", "maskdsl.integrations."
                                "transformers.apply(model, policy) before torch.compile")
