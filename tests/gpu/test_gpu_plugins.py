@@ -1,4 +1,4 @@
-"""On a GPU: score modifiers, FlexAttention beside ours, torch.compile, CUDA graphs, transformers."""
+"""On a GPU: score modifiers, FlexAttention beside ours, compiled graphs, transformers."""
 
 from __future__ import annotations
 
