@@ -231,7 +231,8 @@ def check_scores(scores: object, slots: tuple[SlotMask, ...]) -> tuple[ScoreMod,
     one = isinstance(scores, ScoreMod) or not isinstance(scores, Iterable)
     found: tuple[Any, ...] = (scores,) if one else tuple(scores)  # type: ignore[arg-type]
     if not all(isinstance(s, ScoreMod) for s in found):
-        raise ScoreModError(f"scores={scores!r}", "a function on scores cannot be compiled: the "
+        wrote = ", ".join(getattr(s, "__qualname__", repr(s)) for s in found)
+        raise ScoreModError(f"scores={wrote}", "a function on scores cannot be compiled: the "
                             "modifiers there are have names", f"a list of {NAMES}")
     names = [s.name for s in found if s.name] + [atom.slot for atom in slots]
     twice = {name for name in names if names.count(name) > 1}
