@@ -15,16 +15,14 @@ from benchmarks.texts import POLICIES, text_ids
 from examples.gemma import load
 from maskdsl.integrations.transformers import apply
 
-TEXTS = 3
-
-
 def run(report: Report) -> None:
     """Perplexity by policy, kind of text and length."""
     model, tokenizer = load()
-    lengths = (2048, 4096, 8192, 16384) if torch.cuda.is_available() else (2048,)
+    gpu = torch.cuda.is_available()
+    lengths, count = ((2048, 4096, 8192, 16384), 6) if gpu else ((2048,), 2)
     for length in lengths:
         for kind in ("python", "english"):
-            texts = [text_ids(tokenizer, kind, n, length) for n in range(TEXTS)]
+            texts = [text_ids(tokenizer, kind, n, length) for n in range(count)]
             for name, policy in POLICIES.items():
                 apply(model, policy)
                 losses = torch.cat([second_half_loss(model, ids) for ids in texts])

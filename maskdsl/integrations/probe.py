@@ -3,8 +3,8 @@
 Multiply the attention of every layer by an all-ones matrix theta; the gradient of the answer's
 first logit with respect to theta[i, j] tells how much the answer depends on query i seeing key j.
 Where its mean over the *middle* (no sink, outside the window, not the last queries) is small, the
-middle can be left out: the triangle. theta is never made: its gradient is
-sum over heads of A[h, i, j] * (dL/dout[h, i] . v[h, j]), computed a few rows at a time.
+middle can be left out: the triangle. theta is never made: its gradient is the sum over heads of
+A[h, i, j] * (g[h, i] . v[h, j]), g the output's gradient, computed a few rows at a time.
 
 Source: TriangleMix, arXiv 2507.21526, sections 2 and 3. The paper's code has no probe, and neither
 its normalisation nor its rule for choosing layers is given; ours are told in `ProbeResult`.

@@ -246,9 +246,6 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
         assert_one_prompt(call, options.get("position_ids"))
         return attend_traced(state, call, q, k, v, scaling, s_aux), None
     own, segments = call.segments()
-    mask = own if state is None else own & state.mask
-    scores = list_scores(softcap, s_aux)
-    backend = None if state is None else state.backend
     data = {} if s_aux is None else {SINKS: s_aux}
     out = None if is_whole(segments, q, k) else q.new_zeros(*q.shape[:3], v.shape[3])
     for part in segments:
@@ -258,7 +255,7 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
             (v, part.k_start, part.k_stop))]
         for slot, estimate in (state.estimators if state else {}).items():
             data[slot] = estimate(inside[0].transpose(1, 2), inside[1].transpose(1, 2))
-        attention = compiled(shift_mask(mask, part.shift), scores, backend)
+        attention = pick_attention(state, own, part.shift, softcap, s_aux)
         found: Any = attention(*inside, scale=scaling, q_offset=part.q_offset,
                                total_len=part.total_len, **data)  # type: ignore[call-overload]
         if out is None:
@@ -266,6 +263,17 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
         out[rows_, part.q_start:part.q_stop] = found
     assert out is not None
     return out, None
+
+
+def pick_attention(state: LayerState | None, own: Mask, shift: int, softcap: float | None,
+                   sinks: Tensor | None) -> Attention:
+    """The attention of a layer for one prompt: nearly always the one made by `apply`."""
+    if state is None:
+        return compiled(shift_mask(own, shift), list_scores(softcap, sinks), None)
+    if not shift and own == state.own:
+        return state.whole
+    return compiled(shift_mask(own & state.mask, shift), list_scores(softcap, sinks),
+                    state.backend)
 
 
 def is_whole(segments: list[Segment], q: Tensor, k: Tensor) -> bool:

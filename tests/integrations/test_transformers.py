@@ -111,6 +111,27 @@ def test_generation_with_a_dense_policy_is_the_stock_models(family: str) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_generation_from_a_padded_batch(family: str) -> None:
+    """Prompts and steps of rows of several lengths, as the stock model has them."""
+    model, ids = make_model(family), tokens(14, 3, seed=2)
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    mask[2, :11] = 0
+    more: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    stock = model.generate(ids, **more)
+    assert torch.equal(integration.apply(model, Full()).generate(ids, **more), stock)
+
+
+def test_generation_in_chunks() -> None:
+    """generate's own chunked prefill."""
+    model, ids = integration.apply(make_model("llama"), TRIANGLE), tokens(23)
+    whole = model.generate(ids, max_new_tokens=8, do_sample=False)
+    with integration.prompt_length(23):
+        parts = model.generate(ids, max_new_tokens=8, do_sample=False, prefill_chunk_size=6)
+    assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_are_the_same_as_alone(family: str, side: str) -> None:
     """Sinks are the first tokens of the prompt, not of the padding; `LastQ` its last ones."""

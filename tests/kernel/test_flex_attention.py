@@ -16,9 +16,14 @@ import maskdsl
 from maskdsl import (
     ALiBi,
     Bias,
+    BlockIndices,
     Blocks,
     Causal,
     Chunk,
+    ColumnIndices,
+    Columns,
+    Document,
+    Documents,
     Full,
     LastQ,
     Mask,
@@ -28,11 +33,14 @@ from maskdsl import (
     Sink,
     Softcap,
     Stride,
+    VerticalSlash,
+    VSIndices,
     Window,
     dense,
     dense_attention,
     errors,
 )
+from maskdsl.codegen.kernel import interpreting
 from maskdsl.scores import ScoreMod, score_mod
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
@@ -95,6 +103,47 @@ def test_score_modifiers(mods: tuple[ScoreMod, ...], data: dict[str, Any]) -> No
     three_ways(Causal() & (Sink(3) | Window(20)), (70, 70), mods, data)
 
 
+def slot_masks() -> list[tuple[Mask, dict[str, Any]]]:
+    """Masks with data, for 60 tokens."""
+    index = torch.tensor([[[1, 30, 59], [0, 5, 9], [2, 2, -1], [7, 8, 60]]], dtype=torch.int32)
+    live = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.4
+    ids = torch.tensor([[0] * 20 + [1] * 40, [0] * 50 + [-1] * 10])
+    return [
+        (Causal() & (VerticalSlash("vs") | Window(4)), {"vs": VSIndices(index, index)}),
+        (Blocks("b", 16, 16) - Sink(3), {"b": BlockIndices.from_mask(live, 16, 16)}),
+        (Causal() & Document("d"), {"d": Documents.from_ids(ids)}),
+        (PerHead([Causal(), Columns("c"), Full(), Columns("c") & Window(9)]),
+         {"c": ColumnIndices(index)}),
+    ]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("i", range(4))
+def test_slots(i: int, backend: str) -> None:
+    if backend == "triton" and not interpreting():
+        pytest.skip("a GPU is here: see tests/gpu")
+    mask, slots = slot_masks()[i]
+    q, k, v = inputs(60, 60)
+    made = mask.block_mask(60, batch=2, heads=HEADS, BLOCK_SIZE=16, slots=slots)
+    ours = maskdsl.flex_attention(q, k, v, None, mask, enable_gqa=True, slots=slots,
+                                  backend=backend)
+    assert torch.allclose(ours, flex.flex_attention(q, k, v, None, made, enable_gqa=True),
+                          atol=1e-5)
+    live = dense(mask, Shape(60, 60), 2, HEADS, slots=slots)
+    assert torch.allclose(ours, dense_attention(q, k, v, live)[0], atol=1e-5)
+
+
+@pytest.mark.skipif(not interpreting(), reason="a GPU is here: see tests/gpu")
+def test_a_block_mask_in_the_kernel() -> None:
+    """Lists and function of a BlockMask, by the emitted kernel."""
+    q, k, v = inputs(60, 60)
+    mask = Causal() & (Sink(4) | Window(9))
+    made = flex.create_block_mask(mask.mask_mod(), None, None, 60, 60, "cpu", 16)
+    out = maskdsl.flex_attention(q, k, v, None, made, enable_gqa=True, backend="triton")
+    assert torch.allclose(out, maskdsl.flex_attention(q, k, v, None, mask, enable_gqa=True,
+                                                      backend="torch"), atol=1e-5)
+
+
 @pytest.mark.slow
 def test_compiled_flex_attention() -> None:
     """Compiled, FlexAttention walks the tables: full blocks without, partial ones with the mask."""
@@ -103,6 +152,13 @@ def test_compiled_flex_attention() -> None:
     for mask in (triangle, Causal() & Window(200), Causal() & Chunk(150) | Stride(7),
                  PerHead([Causal(), triangle, Full(), Window(9, 9)])):
         three_ways(mask, (600, 600), theirs=compiled)
+    q, k, v = inputs(60, 60)
+    for mask, slots in slot_masks():
+        made = mask.block_mask(60, batch=2, heads=HEADS, BLOCK_SIZE=16, slots=slots)
+        theirs = compiled(q, k, v, None, made, enable_gqa=True)
+        ours = maskdsl.flex_attention(q, k, v, None, mask, enable_gqa=True, slots=slots,
+                                      backend="torch")
+        assert torch.allclose(ours, theirs, atol=1e-5)
     three_ways(triangle, (300, 500), theirs=compiled, block=(128, 64))
     three_ways(triangle, (600, 600), (Softcap(3.0), ALiBi()), theirs=compiled)
 
