@@ -15,6 +15,7 @@ from benchmarks.texts import POLICIES, text_ids
 from examples.gemma import load
 from maskdsl.integrations.transformers import apply
 
+
 def run(report: Report) -> None:
     """Perplexity by policy, kind of text and length."""
     model, tokenizer = load()

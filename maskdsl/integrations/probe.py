@@ -78,7 +78,7 @@ class ProbeResult:
         import matplotlib
 
         matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib import pyplot, ticker
 
         figure, axes = pyplot.subplots(figsize=(8, 4))
         layers = range(len(self.gradient["middle"]))
@@ -90,6 +90,7 @@ class ProbeResult:
             (g for g in self.gradient["middle"] if g > 0), default=1e-12)))
         axes.set(xlabel="layer (shaded: kept dense)", ylabel="mean |d logit / d theta|",
                  title=f"{self.samples} samples; sink, window, last = {self.sizes}")
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         axes.legend()
         figure.tight_layout()
         figure.savefig(path)
