@@ -297,7 +297,9 @@ def full_step(plan: Plan) -> tuple[str, ...]:
 
 def masked_step(plan: Plan, test: Test) -> tuple[str, ...]:
     """One step of a loop with a mask; words are loaded before the scores, which hide the wait."""
-    modified = (KEYS, *score_lines(plan.scores)) if plan.scores else ()
+    modified: tuple[str, ...] = score_lines(plan.scores) if plan.scores else ()
+    if modified and KEYS not in test.lines:
+        modified = (KEYS, *modified)
     return (*LOADS, *test.loads, SCORES, *test.lines, *modified, *attend_lines(plan))
 
 

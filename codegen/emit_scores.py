@@ -107,5 +107,5 @@ def sink_lines(scores: tuple[ScoreMod, ...]) -> tuple[str, ...]:
                     "decay = tl.math.exp2(peak - shift)",
                     "total = total * decay + tl.math.exp2(sink - shift)",
                     "acc = acc * decay[:, None]",
-                    "peak = new_peak", "")
+                    "peak = new_peak")
     return ()
