@@ -20,7 +20,7 @@ def run(report: Report) -> None:
     """Perplexity by policy, kind of text and length."""
     model, tokenizer = load()
     gpu = torch.cuda.is_available()
-    lengths, count = ((2048, 4096, 8192, 16384), 6) if gpu else ((2048,), 2)
+    lengths, count = ((2048, 4096, 8192, 16384), 6) if gpu else ((2048,), 1)
     for length in lengths:
         for kind in ("python", "english"):
             texts = [text_ids(tokenizer, kind, n, length) for n in range(count)]

@@ -26,7 +26,7 @@ from maskdsl.codegen.tables import CHUNK, CallPlan, Tables, head_table
 from maskdsl.codegen.tune import Config, pick_config
 from maskdsl.errors import BackendError, DeviceError, DtypeError, ResourceError
 from maskdsl.expr import Mask
-from maskdsl.scores import ScoreMod
+from maskdsl.scores import ScoreMod, SinkLogits
 from maskdsl.settings import debug, debug_level
 from maskdsl.shape import Shape
 from maskdsl.spans import spans
@@ -148,7 +148,9 @@ class TritonForward:
         check_device(q)
         make_out = output_maker(q, v.shape[3], layout, with_lse)
         if not q.numel() or not shape.kv_len:
-            return lambda q, k, v, data: without_keys(make_out(q))
+            sinks = [mod.name for mod in self.scores if isinstance(mod, SinkLogits)]
+            return lambda q, k, v, data: without_keys(
+                make_out(q), data[sinks[0]] if sinks else None)
         return self._prepare_launch(q, k, v, shape, scale, make_out, with_lse)
 
     def _prepare_launch(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
@@ -256,12 +258,13 @@ def output_maker(q: torch.Tensor, value_dim: int, layout: str, with_lse: bool) -
     return make
 
 
-def without_keys(made: tuple[Result, torch.Tensor, torch.Tensor | None]) -> Result:
-    """The result where no row has a key: 0 and -inf."""
+def without_keys(made: tuple[Result, torch.Tensor, torch.Tensor | None],
+                 sinks: torch.Tensor | None = None) -> Result:
+    """The result where no row has a key: 0, and -inf or the head's sink logit."""
     result, out, lse = made
     out.zero_()
     if lse is not None:
-        lse.fill_(float("-inf"))
+        lse.copy_(lse.new_tensor(float("-inf")) if sinks is None else sinks[:, None])
     return result
 
 

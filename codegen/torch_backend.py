@@ -22,7 +22,7 @@ from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan
 from maskdsl.dynamic import ListMask
 from maskdsl.expr import And, Mask, Not, Or, join
-from maskdsl.scores import ScoreMod, ScorePlace, SinkLogits, add_sinks, modify_scores
+from maskdsl.scores import Bias, ScoreMod, ScorePlace, SinkLogits, add_sinks, modify_scores
 from maskdsl.shape import Shape, Site
 from maskdsl.simplify import simplify
 from maskdsl.trace import is_traceable
@@ -158,6 +158,13 @@ class Run:
         found = [self.data[mod.name] for mod in self.scores if isinstance(mod, SinkLogits)]
         return found[0] if found else None
 
+    def find_dead(self, scores: torch.Tensor, dead: torch.Tensor | None) -> torch.Tensor | None:
+        """Rows without a live key: `dead` bool[rows] by the mask, or bool[..., rows] of the scores
+        where a bias may take pairs away."""
+        if not any(isinstance(mod, Bias) for mod in self.scores):
+            return dead
+        return (scores == -torch.inf).all(-1)
+
     def modify(self, scores: torch.Tensor, p: torch.Tensor, keys: torch.Tensor,
                first: tuple[int, int]) -> torch.Tensor:
         """Scores [B, Hkv, group, rows, keys] modified; `first` is the batch entry and head they
@@ -245,13 +252,14 @@ def attend_rows(mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     scores = folded @ take_ranges(k, ranges).to(wide).transpose(-1, -2)
     scores = scores.view(b, kv_heads, group, rows, -1)
     scores = call.modify(scores, p, keys_of(ranges, p), (site.batch, site.head))
-    dead = mask_scores(mask, scores, ranges, p, site)
+    dead = call.find_dead(scores, mask_scores(mask, scores, ranges, p, site))
     lse = torch.logsumexp(scores, -1) if call.needs_lse else scores.new_empty(0)
     if dead is not None:
-        scores = scores.masked_fill(dead[:, None], 0.0)  # any finite row: softmax must not see NaN
+        # any finite row: softmax must not see NaN
+        scores = scores.masked_fill(dead[..., None], 0.0)
     weights = torch.softmax(scores, -1).view(b, kv_heads, group * rows, -1)
     out = (weights @ take_ranges(v, ranges).to(wide)).view(b, kv_heads, group, rows, -1)
-    return out if dead is None else out.masked_fill(dead[:, None], 0.0), lse
+    return out if dead is None else out.masked_fill(dead[..., None], 0.0), lse
 
 
 def attend_listed(mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -267,12 +275,13 @@ def attend_listed(mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q.to(wide) * call.scale) @ k[:, :, keys].to(wide).transpose(-1, -2)[:, :, None]
     scores = call.modify(scores, p, keys, (site.batch, site.head)).masked_fill(~live, -torch.inf)
-    dead = ~live.any(-1)
+    dead = call.find_dead(scores, ~live.any(-1))
+    assert dead is not None
     lse = torch.logsumexp(scores, -1) if call.needs_lse and len(keys) else torch.full(
         scores.shape[:-1], -torch.inf, dtype=wide, device=q.device)
-    weights = torch.softmax(scores.masked_fill(dead[:, None], 0.0), -1)
+    weights = torch.softmax(scores.masked_fill(dead[..., None], 0.0), -1)
     out = weights @ v[:, :, keys].to(wide)[:, :, None]
-    return out.masked_fill(dead[:, None], 0.0), lse
+    return out.masked_fill(dead[..., None], 0.0), lse
 
 
 def keys_of(ranges: list[Range], like: torch.Tensor) -> torch.Tensor:

@@ -148,6 +148,21 @@ def test_each_alone(mod: ScoreMod, backend: str) -> None:
     check(Empty(), (mod,), Shape(20, 20), backend)
 
 
+@interpreter
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_rows_that_lose_every_key(backend: str) -> None:
+    """By a bias, by the mask, or because there is no key at all; with and without a sink."""
+    for mods in ((Bias("bias"),), (Bias("bias"), SinkLogits("sinks")), (SinkLogits("sinks"),)):
+        for mask in (Causal(), maskdsl.PerHead([Causal(), Window(1)] * 2)):
+            check(mask, mods, Shape(1, 0, 0, 0), backend)
+            check(mask, mods, Shape(40, 40), backend, lead=(BATCH, HEADS), seed=3)
+    q = torch.zeros(1, 2, 3, DIM)
+    gone = torch.full((1, 1, 3, 3), -torch.inf)
+    out, lse = maskdsl.compile(Causal(), backend=backend, scores=Bias("b"))(
+        q, q, q + 1, b=gone, return_lse=True)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
 def test_order_matters() -> None:
     shape = Shape(30, 30)
     for mods in ((Softcap(1.0), ALiBi()), (ALiBi(), Softcap(1.0))):
