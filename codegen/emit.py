@@ -7,6 +7,7 @@ bounds of the two loops, the mask of a tile, and (where one pays) the dead-tile 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -57,6 +58,9 @@ def emit_kernels(plans: tuple[Plan, ...], heads: tuple[int, ...]) -> str:
     """
     template = read_template("forward")
     lists = merge_lists(plans)
+    # all heads read one list of columns, so each must tell its own among them
+    plans = tuple(replace(plan, lists=replace(plan.lists, columns=lists.columns))
+                  if plan.lists.columns else plan for plan in plans)
     scores = plans[0].scores
     found = [*parameters(lists), *score_parameters(scores)]
     if heads:
