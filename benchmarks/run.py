@@ -16,7 +16,8 @@ from benchmarks.compare import main as compare
 from benchmarks.measure import Report, current_commit
 
 QUESTIONS = ("forward", "dense", "million", "cold", "host", "cpu", "sweep",
-             "vertical_slash", "triangle", "estimate", "cost", "compare")
+             "vertical_slash", "triangle", "estimate", "cost", "compare", "probe", "quality",
+             "passkey", "ttft", "compiled")
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import copy
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit import emit_kernels, emit_lister, merge_lists
+from maskdsl.codegen.emit_scores import score_arguments, score_parameters
 from maskdsl.codegen.hopper import HopperForward, refuse_call, refuse_mask
 from maskdsl.codegen.listing import Parameter
 from maskdsl.codegen.lists import group_heads, parameters, shared_rows
@@ -26,6 +27,7 @@ from maskdsl.codegen.tables import CHUNK, CallPlan, Tables, head_table
 from maskdsl.codegen.tune import Config, pick_config
 from maskdsl.errors import BackendError, DeviceError, DtypeError, ResourceError
 from maskdsl.expr import Mask
+from maskdsl.scores import ScoreMod, SinkLogits
 from maskdsl.settings import debug, debug_level
 from maskdsl.shape import Shape
 from maskdsl.spans import spans
@@ -74,7 +76,7 @@ class Variant:
     @property
     def parameters(self) -> list[Parameter]:
         """The arguments beyond those of every mask."""
-        found = parameters(merge_lists(self.plans))
+        found = [*parameters(merge_lists(self.plans)), *score_parameters(self.plans[0].scores)]
         return [*found, Parameter("head_order", True)] if self.heads else found
 
 
@@ -82,13 +84,14 @@ class TritonForward:
     """The forward kernels of one mask. One compiled kernel serves every length, batch and head
     count; only dtype, head sizes, and whether tensors are aligned make another."""
 
-    def __init__(self, mask: Mask, config: Config | None = None, *, hopper: bool = False,
+    def __init__(self, mask: Mask, config: Config | None = None, *,
+                 scores: tuple[ScoreMod, ...] = (), hopper: bool = False,
                  must: bool = False) -> None:
         """hopper: take the Hopper kernel where a call allows; must: raise where it does not."""
         if not can_launch():
             raise BackendError("backend='triton'", "there is no GPU here",
                                "backend='torch', or TRITON_INTERPRET=1 to test on a CPU")
-        self.mask = mask
+        self.mask, self.scores = mask, scores
         self.kinds = sorted(group_heads(mask), key=lambda kind: -mean_row_width(kind[1]))
         for _, one in self.kinds:
             spans(one)  # a function that cannot be compiled is told now, not at the first call
@@ -105,6 +108,8 @@ class TritonForward:
             return f"{arch_of(q.device)} is no Hopper GPU"
         if self.chosen is not None:
             return "a tile was chosen, which only the portable kernel takes"
+        if self.scores:
+            return "scores are modified, which only the portable kernel does"
         fits = all(fits_tma(t, live_strides(t)) for t in (q, k, v))
         return refuse_mask(self.mask) or refuse_call(q, v, fits)
 
@@ -125,8 +130,11 @@ class TritonForward:
 
     def default_plans(self, head_dim: int) -> tuple[Plan, ...]:
         """The plans for two-byte elements on the current device, costliest heads first."""
-        config = self.default_config(head_dim)
-        return tuple(make_plan(mask, config.block_m, config.block_n) for _, mask in self.kinds)
+        return self._plans(self.default_config(head_dim))
+
+    def _plans(self, config: Config) -> tuple[Plan, ...]:
+        plans = (make_plan(mask, config.block_m, config.block_n) for _, mask in self.kinds)
+        return tuple(replace(plan, scores=self.scores) if self.scores else plan for plan in plans)
 
     def variant(self, arch: str, dtype: torch.dtype, head_dim: int, value_dim: int, align: int,
                 use_tma: bool, with_lse: bool) -> Variant:
@@ -142,7 +150,7 @@ class TritonForward:
         return self.variants[key]
 
     def _build(self, config: Config, constants: dict[str, Any]) -> Variant:
-        plans = tuple(make_plan(mask, config.block_m, config.block_n) for _, mask in self.kinds)
+        plans = self._plans(config)
         heads = tuple(heads for heads, _ in self.kinds if heads)
         module = load_module(emit_kernels(plans, tuple(map(len, heads))))
         listers = tuple(load_module(emit_lister(plan)).list_tiles if plan.lists.tables else None
@@ -159,7 +167,9 @@ class TritonForward:
         check_device(q)
         make_out = output_maker(q, v.shape[3], layout, with_lse)
         if not q.numel() or not shape.kv_len:
-            return lambda q, k, v, data: without_keys(make_out(q))
+            sinks = [mod.name for mod in self.scores if isinstance(mod, SinkLogits)]
+            return lambda q, k, v, data: without_keys(
+                make_out(q), data[sinks[0]] if sinks else None)
         return self._prepare_launch(q, k, v, shape, scale, make_out, with_lse)
 
     def _prepare_launch(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
@@ -186,7 +196,8 @@ class TritonForward:
         numbers = (*(s // align for three in strides for s in three),
                    batch * heads, heads, heads // k.shape[1],
                    shape.q_len, shape.kv_len, shape.q_offset, shape.total_len)
-        scale = max(scale, LEAST_SCALE) * LOG2_E
+        if not self.scores:  # modified scores are scaled by themselves, in natural units
+            scale = max(scale, LEAST_SCALE) * LOG2_E
         found = chosen.parameters
         options = {**constants, "num_warps": config.warps, "num_stages": config.stages}
         launch, device = chosen.forward[grid], q.device.index
@@ -233,6 +244,8 @@ def slot_arguments(chosen: Variant, found: list[Parameter], data: dict[str, Any]
             if lister is not None:
                 list_tiles(chosen, i, lister, tables, q.device)
     everything = tables.arguments | {"union_key_rows": k, "union_value_rows": v}
+    if scores := chosen.plans[0].scores:
+        everything |= score_arguments(scores, data, heads, q.device)
     if chosen.heads:
         everything["head_order"] = head_table(sum(chosen.heads, ()), q.device)
     return [everything[p.name] for p in found]
@@ -271,12 +284,13 @@ def output_maker(q: torch.Tensor, value_dim: int, layout: str, with_lse: bool) -
     return make
 
 
-def without_keys(made: tuple[Result, torch.Tensor, torch.Tensor | None]) -> Result:
-    """The result where no row has a key: 0 and -inf."""
+def without_keys(made: tuple[Result, torch.Tensor, torch.Tensor | None],
+                 sinks: torch.Tensor | None = None) -> Result:
+    """The result where no row has a key: 0, and -inf or the head's sink logit."""
     result, out, lse = made
     out.zero_()
     if lse is not None:
-        lse.fill_(float("-inf"))
+        lse.copy_(lse.new_tensor(float("-inf")) if sinks is None else sinks[:, None])
     return result
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 
+from maskdsl import ops
 from maskdsl.atoms import Causal
 from maskdsl.binding import CallSize, check_names, check_slots, describe, wrap
 from maskdsl.dynamic import SlotMask
@@ -23,6 +25,7 @@ from maskdsl.inputs import (
     check_scale,
     check_tensors,
 )
+from maskdsl.scores import ScoreMod, check_score_data, check_scores
 from maskdsl.shape import Shape
 from maskdsl.simplify import simplify
 
@@ -32,14 +35,17 @@ if TYPE_CHECKING:
     from maskdsl.codegen.plan import Plan
     from maskdsl.codegen.torch_backend import TorchForward
 
+Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 BACKENDS = ("hopper", "triton", "torch")
+ANY_AUTOCAST = torch._C._is_any_autocast_enabled  # a quarter of the cost of asking for one device
 READY_LIMIT = 4096  # kinds of calls remembered
 HEAD_DIM = 128  # what `.plan` and `.source` show before the first call
 
 
 def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
             layout: str = "bhld", scale: float | None = None,
-            tile: tuple[int, int] | None = None) -> Attention:
+            tile: tuple[int, int] | None = None,
+            scores: ScoreMod | Iterable[ScoreMod] | None = None) -> Attention:
     """A callable that computes attention under `mask`, specialised for it.
 
     mask     the allowed (query, key) pairs
@@ -54,27 +60,34 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     scale    softmax scale; default D ** -0.5
     tile     (queries, keys) per tile of the Triton kernel; default: tuned, see `.explain()`
 
-    Errors: MaskTypeError, BackendError, LayoutError, ScaleError, ResourceError.
+    scores   score modifiers, applied in order: `Softcap`, `ALiBi`, `Bias`, `RelativePosition`,
+             `SinkLogits`; the data of those that take some is given at the call, by name
+
+    Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError.
     """
     if not isinstance(mask, Mask):
         raise MaskTypeError(f"compile({mask!r})", f"a {type(mask).__name__}, which is not a mask",
                             "an expression such as Sink(4) | Window(2048), or Where(fn)")
     written = Causal() & mask if causal else mask
     whole = simplify(written)
-    made = Attention(whole, pick_backend(backend, whole, tile), check_layout(layout), scale, tile,
-                     check_names(mask), strict=backend is not None)
+    slots = check_names(mask)
+    mods = check_scores(scores, slots)
+    made = Attention(whole, pick_backend(backend, whole, tile, bool(mods)), check_layout(layout),
+                     scale, tile, slots, mods, strict=backend is not None)
     made.written = written
     return made
 
 
-def pick_backend(backend: str | None, mask: Mask, tile: object = None) -> str:
-    """The backend asked for, or the one for this machine and mask."""
+def pick_backend(backend: str | None, mask: Mask, tile: object = None,
+                 scores: bool = False) -> str:
+    """The backend asked for, or the one for this machine, mask, tile and modifiers of scores."""
     if backend is None:
         if not torch.cuda.is_available():
             return "torch"
         from maskdsl.codegen.hopper import is_hopper, refuse_mask
 
-        return "hopper" if is_hopper() and tile is None and not refuse_mask(mask) else "triton"
+        plain = tile is None and not scores
+        return "hopper" if plain and is_hopper() and not refuse_mask(mask) else "triton"
     if backend not in BACKENDS:
         raise BackendError(f"backend={backend!r}", "unknown backend",
                            " or ".join(f"backend={name!r}" for name in BACKENDS))
@@ -87,11 +100,13 @@ class Attention:
     written: Mask | None = None  # before simplification, for `explain`
 
     def __init__(self, mask: Mask, backend: str, layout: str, scale: float | None,
-                 tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = (), *,
-                 strict: bool = True) -> None:
+                 tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = (),
+                 scores: tuple[ScoreMod, ...] = (), *, strict: bool = True) -> None:
         self.mask = mask
         self.slots = slots  # as the user wrote them: simplification may drop one
         self._used = check_names(mask)
+        self.scores = scores
+        self._score_names = tuple(mod.name for mod in scores if mod.name)
         self.backend = backend
         self.strict = strict  # the backend was asked for by name
         self.layout = layout
@@ -101,6 +116,8 @@ class Attention:
         self.heads = count_heads(mask)
         self._tile = tile
         self._ready: dict[Any, Any] = {}  # what a call looks like -> how to run it
+        self._key = ops.register(self, mask, {"backend": backend, "layout": layout, "scale": scale,
+                                              "tile": tile}, scores)
         _ = self._forward  # what cannot be compiled fails now, not at the first call
 
     @cached_property
@@ -112,13 +129,13 @@ class Attention:
                 raise BackendError(f"tile={self._tile!r} with backend='torch'",
                                    "only the Triton kernel has a choice of tile",
                                    "leave tile out, or backend='triton'")
-            return TorchForward(self.mask)
+            return TorchForward(self.mask, self.scores)
         from maskdsl.codegen.kernel import TritonForward
         from maskdsl.codegen.tune import config_for_tile
 
         hopper = self.backend == "hopper"
         return TritonForward(self.mask, config_for_tile(self._tile) if self._tile else None,
-                             hopper=hopper, must=hopper and self.strict)
+                             scores=self.scores, hopper=hopper, must=hopper and self.strict)
 
     def refusal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
         """Why the Hopper kernel does not take such a call, so that the portable one runs it (or,
@@ -150,7 +167,7 @@ class Attention:
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
                  scale: float | None = None, q_offset: int | None = None,
                  total_len: int | None = None, return_lse: bool = False,
-                 **slots: object) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+                 **slots: object) -> Result:
         """softmax(scale * q k^T restricted to the mask) v.
 
         q          [B, Hq, Lq, D]; float16, bfloat16 or float32; D in 16..256
@@ -161,7 +178,8 @@ class Attention:
         q_offset   absolute position of query row 0, in tokens; default Lk - Lq
         total_len  length of the whole prompt in tokens; default Lk. Chunked prefill needs it for
                    masks that count from the end (`LastQ`).
-        slots      data for every slot of the mask, by name: `vs=VSIndices(...)`
+        slots      data for every slot of the mask and for score modifiers, by name:
+                   `vs=VSIndices(...)`
 
         Returns the output, of q's dtype and layout with last dimension Dv; with return_lse=True
         also the log-sum-exp, float32 [B, Hq, Lq], natural logarithm. A row without a live key
@@ -169,6 +187,14 @@ class Attention:
         UnknownSlotError, MissingSlotError, SlotDataError, GradientError, all before anything is
         launched.
         """
+        if torch.compiler.is_compiling() or ANY_AUTOCAST():
+            return self._call_traced(q, k, v, scale, q_offset, total_len, return_lse, slots)
+        return self._call_eager(q, k, v, scale, q_offset, total_len, return_lse, slots)
+
+    def _call_eager(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                    scale: float | None, q_offset: int | None, total_len: int | None,
+                    return_lse: bool, slots: dict[str, Any]) -> Result:
+        """Find how calls that look like this one are run, and run it."""
         try:
             key = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype,
                    v.dtype, q.device, k.device, v.device, (k.data_ptr() | v.data_ptr()) % 16,
@@ -179,15 +205,45 @@ class Attention:
             check_ranks(q, k, v, self.layout)  # says what is no tensor
             raise
         if self.backend != "torch":
-            check_gradients(q, k, v)
+            check_gradients(q, k, v, *(slots.get(name) for name in self._score_names))
         if call is None:
             call = self._prepare(q, k, v, scale, q_offset, total_len, return_lse, slots)
             if len(self._ready) >= READY_LIMIT:
                 self._ready.clear()
             self._ready[key] = call
-        data = {atom.slot: wrap(atom, slots[atom.slot]) for atom in self._used}
-        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = call(q, k, v, data)
+        data = self._data_of(slots) if slots else {}
+        result: Result = call(q, k, v, data)
         return result
+
+    def _data_of(self, slots: dict[str, Any]) -> dict[str, Any]:
+        """The data a backend takes, by name."""
+        data = {atom.slot: wrap(atom, slots[atom.slot]) for atom in self._used}
+        for name in self._score_names:
+            data[name] = slots[name]
+        return data
+
+    def prepare_call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
+                     q_offset: int | None, total_len: int | None, return_lse: bool,
+                     slots: dict[str, object]) -> Callable[..., Any]:
+        """A checked call, as a function of (q, k, v, slots) of the same sizes."""
+        call = self._prepare(q, k, v, scale, q_offset, total_len, return_lse, slots)
+        return lambda q, k, v, slots: call(q, k, v, self._data_of(slots))
+
+    def _call_traced(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                     scale: float | None, q_offset: int | None, total_len: int | None,
+                     return_lse: bool, slots: dict[str, Any]) -> Result:
+        """A call inside a graph or under autocast, which casts q, k and v as it does for SDPA."""
+        if torch.is_autocast_enabled(q.device.type):
+            dtype = torch.get_autocast_dtype(q.device.type)
+            q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+        if not torch.compiler.is_compiling():
+            with torch.autocast(q.device.type, enabled=False):
+                return self._call_eager(q, k, v, scale, q_offset, total_len, return_lse, slots)
+        tensors, parts = ops.take_apart(slots)
+        check_ranks(q, k, v, self.layout)
+        out, lse = ops.attention(q, k, v, tensors, self._key, parts, scale, q_offset, total_len,
+                                 return_lse)
+        return (out, lse) if return_lse else out
 
     def _prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
                  q_offset: int | None, total_len: int | None, return_lse: bool,
@@ -201,7 +257,9 @@ class Attention:
         check_limit(self.limit, shape, self.mask)
         check_heads(self.heads, q.shape[1])
         size = CallSize(q.shape[0], q.shape[1], k.shape[1], q.device)
-        check_slots(self.slots, slots, size, shape)
+        masks = {name: data for name, data in slots.items() if name not in self._score_names}
+        check_slots(self.slots, masks, size, shape, self._score_names)
+        check_score_data(self.scores, slots, q.shape[0], q.shape[1], shape, q.device)
         number = check_scale(self.scale if scale is None else scale, q.shape[3])
         return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)
 
@@ -272,3 +330,6 @@ def explain(mask: Mask, q_len: int, kv_len: int | None = None, *, causal: bool =
     394
     """
     return compile(mask, causal=causal, backend=backend).explain(q_len, kv_len, **options)
+
+
+ops.set_builder(Attention)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from triton.compiler import ASTSource
 from maskdsl.atoms import Causal
 from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit import emit_kernels, emit_lister, merge_lists
+from maskdsl.codegen.emit_scores import score_parameters
 from maskdsl.codegen.kernel import kernel_constants
 from maskdsl.codegen.lists import group_heads, parameters
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan, mean_row_width
 from maskdsl.codegen.tune import Config, pick_config
 from maskdsl.expr import Mask
+from maskdsl.scores import ScoreMod
 from maskdsl.simplify import simplify
 
 TARGETS = {
@@ -46,12 +48,14 @@ class Compiled:
 
 
 def compile_for(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int = 0, *,
-                causal: bool = True, config: Config | None = None) -> Compiled:
+                causal: bool = True, config: Config | None = None,
+                scores: tuple[ScoreMod, ...] = ()) -> Compiled:
     """Compile the forward kernel of a mask in its default config for one chip."""
     value_dim = value_dim or head_dim
     whole = simplify(Causal() & mask if causal else mask)
     config = config or pick_config(chip, head_dim, value_dim, dtype.itemsize, mean_row_width(whole))
-    plans = [make_plan(one, config.block_m, config.block_n) for _, one in group_heads(whole)]
+    plans = [replace(make_plan(one, config.block_m, config.block_n), scores=scores)
+             for _, one in group_heads(whole)]
     heads = tuple(len(heads) for heads, _ in group_heads(whole) if heads)
     forward = load_module(emit_kernels(tuple(plans), heads)).forward
     use_tma = chip in ("sm_90", "sm_100")
@@ -66,7 +70,8 @@ def compile_for(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_
 
 def pointers_of(plans: list[Plan]) -> set[str]:
     """The arguments that point to call-time data."""
-    return {p.name for p in parameters(merge_lists(tuple(plans))) if p.is_pointer} | {"head_order"}
+    found = [*parameters(merge_lists(tuple(plans))), *score_parameters(plans[0].scores)]
+    return {p.name for p in found if p.is_pointer} | {"head_order"}
 
 
 def compile_lister(chip: str, mask: Mask, config: Config) -> Compiled:
@@ -87,7 +92,7 @@ def signature_of(forward: Any, dtype: torch.dtype, constants: dict[str, Any],
     name = NAMES[dtype]
     types = {"q_ptr": f"*{name}", "k_base": f"*{name}", "v_base": f"*{name}",
              "out_ptr": f"*{name}", "lse_ptr": "*fp32", "scale": "fp32"}
-    types |= dict.fromkeys(pointers, "*i32")
+    types |= {p: "*fp32" if p.startswith("score") else "*i32" for p in pointers}
     types |= {"union_key_rows": f"*{name}", "union_value_rows": f"*{name}"}
     if constants.get("USE_TMA"):
         for arg, block in (("k_base", "QK_BLOCK"), ("v_base", "V_BLOCK")):

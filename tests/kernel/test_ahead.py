@@ -76,6 +76,25 @@ print(json.dumps(rows))
 """
 
 
+SCORES = """
+import json, sys, torch
+from ahead import SHARED_LIMIT, compile_for
+from maskdsl import (ALiBi, Bias, LastQ, RelativePosition, Sink, SinkLogits, Softcap,
+                     VerticalSlash, Window)
+triangle = Sink(8) | Window(512) | LastQ(128)
+chip, rows = sys.argv[1], []
+for mask, scores, dim in [
+    (triangle, (Softcap(50.0),), 128), (triangle, (SinkLogits(),), 64), (triangle, (ALiBi(),), 128),
+    (triangle, (Bias(),), 64), (triangle, (RelativePosition("t", 128),), 64),
+    (Window(4096), (Softcap(50.0), SinkLogits()), 256), (VerticalSlash("vs"), (Softcap(9.0),), 64),
+]:
+    c = compile_for(chip, mask, torch.bfloat16, dim, scores=scores)
+    rows.append({"what": f"{mask!r} {scores!r}", "shared": c.shared, "spills": c.spills,
+                 "limit": SHARED_LIMIT[chip], "wgmma": "wgmma.mma_async" in c.text})
+print(json.dumps(rows))
+"""
+
+
 def run_program(program: str, chip: str) -> list[dict[str, Any]]:
     """The rows a program prints, run where kernels are compiled, not interpreted."""
     tests = Path(__file__).parents[1]
@@ -92,6 +111,15 @@ def run_program(program: str, chip: str) -> list[dict[str, Any]]:
 def test_slots_compile_well_for_hopper() -> None:
     for row in run_program(SLOTS, "sm_90"):
         assert row["spills"] == 0 and row["shared"] <= row["limit"] and row["wgmma"], row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_modified_scores_compile(chip: str) -> None:
+    for row in run_program(SCORES, chip):
+        assert row["shared"] <= row["limit"], row
+        if chip == "sm_90":
+            assert row["wgmma"] and row["spills"] == 0, row
 
 
 @pytest.mark.slow
