@@ -116,7 +116,8 @@ class Attention:
         self.heads = count_heads(mask)
         self._tile = tile
         self._ready: dict[Any, Any] = {}  # what a call looks like -> how to run it
-        self._key = ops.register(self, mask, {"backend": backend, "layout": layout, "scale": scale,
+        self._key = ops.register(self, mask, {"backend": backend, "strict": strict,
+                                              "layout": layout, "scale": scale,
                                               "tile": tile}, scores)
         _ = self._forward  # what cannot be compiled fails now, not at the first call
 

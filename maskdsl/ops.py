@@ -48,7 +48,8 @@ _builders: list[Callable[..., Any]] = []  # `Attention` itself; it lies above th
 
 
 def set_builder(build: Callable[..., Any]) -> None:
-    """What makes an attention from (mask, backend, layout, scale, tile, scores)."""
+    """What makes an attention from (mask, backend, strict, layout, scale, tile,
+    scores)."""
     _builders.append(build)
 
 
@@ -199,9 +200,10 @@ def _(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, data, key, *rest = inputs
-    if find(key).backend == "triton":
-        raise GradientError("a compiled call with requires_grad=True and backend='triton'",
-                            "the Triton backend has no backward pass yet", "torch.no_grad() around "
+    backend = find(key).backend
+    if backend != "torch":
+        raise GradientError(f"a compiled call with requires_grad=True and backend={backend!r}",
+                            "the GPU kernels have no backward pass yet", "torch.no_grad() around "
                             "the call, or compile(..., backend='torch'), which is differentiable")
     ctx.save_for_backward(q, k, v, *data)
     ctx.rest = (key, *rest)
