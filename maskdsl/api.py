@@ -72,7 +72,8 @@ def pick_backend(backend: str | None, mask: Mask, tile: object = None) -> str:
     if backend is None:
         if not torch.cuda.is_available():
             return "torch"
-        from maskdsl.codegen.hopper import is_hopper, refuse_mask
+        from maskdsl.codegen.hopper import is_hopper
+        from maskdsl.codegen.hopper_cut import refuse_mask
 
         return "hopper" if is_hopper() and tile is None and not refuse_mask(mask) else "triton"
     if backend not in BACKENDS:

@@ -19,13 +19,13 @@ from strategies import masks, shapes
 
 from maskdsl import Causal, FirstQ, Full, LastQ, Mask, Shape, Sink, Where, Window, dense, simplify
 from maskdsl.codegen.emit_hopper import emit_hopper
-from maskdsl.codegen.hopper import (
+from maskdsl.codegen.hopper import magic
+from maskdsl.codegen.hopper_cut import (
     BLOCK_N,
     GRAIN,
     TILE,
     HopperConfig,
     Schedule,
-    magic,
     pick_hopper,
     refuse_mask,
     schedule,
