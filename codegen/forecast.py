@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from maskdsl.atoms import Causal
-from maskdsl.codegen.cost import Prediction, find_rates, predict
+from maskdsl.codegen.cost import Prediction, predict
 from maskdsl.codegen.hopper_cut import refuse_dims, refuse_mask
 from maskdsl.codegen.hopper_work import ITEM, HopperCut, count_hopper, is_intervals
 from maskdsl.codegen.lists import group_heads, shared_rows, sort_atoms
 from maskdsl.codegen.planner import mean_row_width
-from maskdsl.codegen.rates import RATES, Rates
+from maskdsl.codegen.rates import Rates
 from maskdsl.codegen.tune import config_for_tile, pick_config
 from maskdsl.codegen.visits import Visited
 from maskdsl.codegen.workload import CallHeads, KindWork, count_work
@@ -89,15 +89,6 @@ def refuse_call_of(mask: Mask, call: CallHeads) -> str:
     if not is_traceable(mask):
         return "the mask holds a function that cannot be compiled into the kernel"
     return refuse_mask(mask) or refuse_dims(call.head_dim, call.value_dim)
-
-
-def fastest(rates: Rates, mask: Mask, call: CallHeads) -> Rates:
-    """The rates of the kernel that runs a mask on the same chip by default: Hopper's own where the
-    chip has one and the kernel takes the mask, else the portable kernel's."""
-    found = RATES.get((rates.arch, HOPPER))
-    if found is not None and not refuse_call_of(mask, call):
-        return found
-    return find_rates(rates.arch)
 
 
 def forecast_dense(rates: Rates, shape: Shape, call: CallHeads) -> Prediction:

@@ -206,10 +206,12 @@ def compare(attn: Attention, shape: Shape, call: CallHeads, estimator: str | Non
     if rates is None:
         rates, _ = pick_rates("H100")
         assert rates is not None
-    known = attn.compiled()
-    there, _ = pick_kernel(known, mask, rates, call)
+    there = here = rates  # of the mask and of dense attention
+    if not missing:  # else the chip here is another, which need not have the same kernels
+        there, _ = pick_kernel(attn.compiled(), mask, rates, call)
+        here, _ = pick_kernel(attn.compiled(), Causal(), rates, call)
     sparse = predict_packed(mask, there, shape, call, lists, estimator)
-    dense = forecast_dense(pick_kernel(known, Causal(), rates, call)[0], shape, call)
+    dense = forecast_dense(here, shape, call)
     is_dense = dense.ms <= sparse.ms
     packed = ", lists taken as packed" if lists else ""
     foreign = f" (decided with its rates: {missing})" if missing else ""
