@@ -1,7 +1,8 @@
 """How far off are predicted times? A spread of masks, lengths and heads; and the rates fitted anew.
 
 The rows `fit` are what a `StepRates` in codegen/rates.py would hold by this run. Run on a chip that
-has no rates yet, there are no predictions, only the fit.
+has no rates yet, there are no predictions, only the fit. On a Hopper GPU a call that the Hopper
+kernel takes is measured twice, with that kernel and with the portable one.
 """
 
 from __future__ import annotations
@@ -26,16 +27,20 @@ from maskdsl import (
     ColumnIndices,
     Columns,
     Full,
+    LastQ,
     Mask,
     PerHead,
     RandomBlocks,
     Shape,
+    Sink,
     Stride,
     VerticalSlash,
     Window,
 )
 from maskdsl.codegen.cost import padded, predict
-from maskdsl.codegen.forecast import tile_on, total_visited
+from maskdsl.codegen.forecast import HOPPER, refuse_call_of, tile_on, total_visited
+from maskdsl.codegen.hopper import is_hopper
+from maskdsl.codegen.hopper_work import ITEM, count_hopper
 from maskdsl.codegen.kernel import arch_of
 from maskdsl.codegen.lists import sort_atoms
 from maskdsl.codegen.rates import H100, RATES
@@ -75,6 +80,9 @@ def static_cases() -> Iterator[Case]:
     for heads, kv_heads in ((4, 1), (8, 2)):
         for mask in (Full(), TRIANGLES[1]):
             yield Case(mask, 32768, heads, kv_heads)
+        yield Case(TRIANGLES[0], 131072, heads, kv_heads)
+    for mask in (Sink(200) | Window(400), Window(512) & LastQ(30000)):  # several masked tiles
+        yield Case(mask, 32768)
     for mask in (Full(), *TRIANGLES):
         yield Case(mask, 16384, dim=64)
     yield Case(PerHead((Full(),) * 8 + (TRIANGLES[0],) * 24), 32768)
@@ -116,41 +124,59 @@ def dynamic_cases() -> Iterator[Case]:
     yield Case(PerHead((VerticalSlash("vs"),) * 16 + (TRIANGLES[0],) * 16), 32768, slots={"vs": vs})
 
 
-def steps_of(seen: Visited) -> tuple[int, ...]:
-    """The steps in the order of `fit.NAMES`."""
+def backends(case: Case) -> tuple[str, ...]:
+    """The backends a case is measured with."""
+    mask = simplify(Causal() & case.mask)
+    call = CallHeads(1, case.heads, case.kv_heads, case.dim, case.dim)
+    return ("triton",) if not is_hopper() or refuse_call_of(mask, call) else (HOPPER, "triton")
+
+
+def count(case: Case, backend: str, arch: str, processors: int) -> tuple[tuple[int, int], Visited]:
+    """(tile, steps) of a case."""
+    mask, shape = simplify(Causal() & case.mask), Shape(case.length, case.length)
+    call = CallHeads(1, case.heads, case.kv_heads, case.dim, case.dim)
+    if backend == HOPPER:
+        return ITEM, count_hopper(mask, shape, call, processors, with_pairs=False)[0].visited
+    tile = tile_on(mask, arch, call)
+    return tile, total_visited(count_work(mask, tile, shape, call, case.slots, with_pairs=False))
+
+
+def steps_of(seen: Visited, block_n: int) -> tuple[float, ...]:
+    """The steps in the order of `fit.NAMES`; first tiles in tiles of `block_n` keys."""
     beside = seen.full + seen.masked if seen.listed else 0
     return (seen.items, seen.full, seen.masked, seen.listed_full, seen.listed_part, seen.slash,
-            seen.columns, beside)
+            seen.columns, beside, seen.first / block_n)
 
 
-def measure(report: Report, case: Case, calls: dict[Any, list[Call]],
+def measure(report: Report, case: Case, backend: str, calls: dict[Any, list[Call]],
             errors: dict[str, list[float]]) -> None:
     """Measure and predict one call; keep its steps for the fit."""
-    attn = maskdsl.compile(case.mask)
+    attn = maskdsl.compile(case.mask, backend=backend)
     q, k, v = make_inputs(case.length, case.heads, case.kv_heads, case.dim)
     slots = case.slots or {}
     took = time_ms(attn, q, k, v, **slots)
     arch, shape = arch_of(q.device), Shape(case.length, case.length)
     mask = simplify(Causal() & case.mask)
     call = CallHeads(1, case.heads, case.kv_heads, case.dim, case.dim)
-    tile = tile_on(mask, arch, call)
-    seen = total_visited(count_work(mask, tile, shape, call, slots or None, with_pairs=False))
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    tile, seen = count(case, backend, arch, processors)
     row: dict[str, Any] = {"mask": repr(case.mask) if len(repr(case.mask)) < 90 else "PerHead",
                            "data": case.what, "length": case.length, "heads": case.heads,
-                           "dim": case.dim, "tile": f"{tile[0]}x{tile[1]}", "ms": took}
+                           "dim": case.dim, "backend": backend, "tile": f"{tile[0]}x{tile[1]}",
+                           "ms": took}
     lists = bool(slots) and sort_atoms(mask).listed
-    rates = RATES.get((arch, attn.backend), RATES.get((arch, "triton")))
+    rates = RATES.get((arch, backend))
     if rates is not None:
         found = predict(rates, tile, shape, call, seen, None, lists)
         row |= {"predicted": found.ms, "error": found.ms / took - 1, "bound_by": found.bound_by}
-        errors["dynamic" if lists else "static"].append(abs(found.ms / took - 1))
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+        errors[f"{backend}, {'dynamic' if lists else 'static'}"].append(abs(found.ms / took - 1))
     listing = (rates or H100).listing_ms if lists else 0.0
     if took > 2 * listing and (rates is None or row["bound_by"] == "compute"):
-        kind = (*tile, padded(case.dim))
-        calls[kind].append(Call(steps_of(seen), took - listing, processors))
+        kind = (backend, *tile, padded(case.dim))
+        calls[kind].append(Call(steps_of(seen, tile[1]), took - listing, processors))
     report.add(**row, steps=dict(zip(("items", "full", "masked", "listed_full", "listed_part",
-                                      "slash", "columns", "beside"), steps_of(seen), strict=True)))
+                                      "slash", "columns", "beside", "first"),
+                                     steps_of(seen, tile[1]), strict=True)))
 
 
 def run(report: Report) -> None:
@@ -158,16 +184,17 @@ def run(report: Report) -> None:
     calls: dict[Any, list[Call]] = defaultdict(list)
     errors: dict[str, list[float]] = defaultdict(list)
     for case in [*static_cases(), *dynamic_cases()]:
-        measure(report, case, calls, errors)
+        for backend in backends(case):
+            measure(report, case, backend, calls, errors)
         torch.cuda.empty_cache()
     errors["all"] = [error for some in errors.values() for error in some]
     for kind, some in errors.items() if errors["all"] else ():
         report.add(mask=f"{kind}: {len(some)} calls", data="median error", error=median(some))
         report.add(mask=f"{kind}: {len(some)} calls", data="largest error", error=max(some))
-    for (block_m, block_n, dim), some_calls in calls.items():
+    for (backend, block_m, block_n, dim), some_calls in calls.items():
         if len(some_calls) < 2:
             continue
         rates = fit_steps(some_calls)
         left = median(map(abs, relative_errors(some_calls, rates)))
-        report.add(mask=f"fit of {block_m}x{block_n}, D {dim}: {len(some_calls)} calls",
+        report.add(mask=f"fit of {backend}, {block_m}x{block_n}, D {dim}: {len(some_calls)} calls",
                    data="median error of the fit", error=left, steps=rates)

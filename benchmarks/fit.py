@@ -9,7 +9,8 @@ from itertools import combinations
 import numpy as np
 
 # what a `StepRates` holds, and what of a call's steps each is multiplied with
-NAMES = ("item", "full", "masked", "listed_full", "listed_part", "slash", "column", "beside")
+NAMES = ("item", "full", "masked", "listed_full", "listed_part", "slash", "column", "beside",
+         "first")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Call:
     processors  multiprocessors of the chip
     """
 
-    steps: tuple[int, ...]
+    steps: tuple[float, ...]
     ms: float
     processors: int
 

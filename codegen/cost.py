@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from maskdsl.codegen.rates import CHIPS, RATES, Rates
+from maskdsl.codegen.rates import CHIPS, RATES, Rates, StepRates
 from maskdsl.codegen.visits import Visited
 from maskdsl.codegen.workload import CallHeads
 from maskdsl.errors import BackendError
@@ -28,7 +28,8 @@ class Prediction:
     """What a call is predicted to take, in milliseconds, and why.
 
     chip           name of the chip; target: the backend whose rates were used
-    tile           (queries, keys) per tile
+    tile           (queries, keys) per tile; of the Hopper kernel (rows, keys), rows being heads x
+                   positions
     ms             the whole call: the sum of the next three
     kernel_ms      the attention kernel; listing_ms: lists from call-time data; estimate_ms: making
                    that data, where an estimator was named
@@ -87,7 +88,16 @@ def step_us(rates: Rates, tile: tuple[int, int], call: CallHeads, visited: Visit
     beside = r.beside * (visited.full + visited.masked) if visited.listed else 0.0
     return (visited.items * r.item + visited.full * r.full + visited.masked * r.masked
             + visited.listed_full * r.listed_full + visited.listed_part * r.listed_part
-            + visited.slash * r.slash + visited.columns * r.column + beside)
+            + visited.slash * r.slash + visited.columns * r.column + beside
+            + visited.first / tile[1] * r.first)
+
+
+def longest_us(steps: StepRates, tile: tuple[int, int], visited: Visited) -> float:
+    """Microseconds of the longest item alone."""
+    if not visited.items:
+        return 0.0
+    first = visited.first / visited.items / tile[1]
+    return steps.item + first * steps.first + visited.longest * steps.full
 
 
 def memory_bytes(shape: Shape, call: CallHeads) -> int:
@@ -119,15 +129,19 @@ def predict(rates: Rates, tile: tuple[int, int], shape: Shape, call: CallHeads, 
     steps = rates.find(*tile, padded(max(call.head_dim, call.value_dim)))
     times = {
         "compute": step_us(rates, tile, call, visited) / rates.processors / 1e3,
-        "longest item": (steps.item + visited.longest * steps.full) / 1e3 if visited.items else 0.0,
+        "longest item": longest_us(steps, tile, visited) / 1e3,
         "memory": memory_bytes(shape, call) / rates.tera_bytes / 1e9,
         "host": rates.call_ms}
     bound_by = max(times, key=lambda name: times[name])
     operations = 2 * (call.head_dim + call.value_dim)
-    tile_tflop = operations * visited.steps * tile[0] * tile[1] / 1e12
+    tile_tflop = operations * tile[0] * (visited.steps * tile[1] + visited.first) / 1e12
     listing = rates.listing_ms if lists else 0.0
     estimate = 0.0 if estimator is None else estimate_ms(rates, estimator, shape, call)
     notes = [steps.source] if steps.source.startswith("not measured") else []
+    wide = padded(max(call.head_dim, call.value_dim))
+    if (call.head_dim, call.value_dim) != (wide, wide):
+        notes.append(f"head dimensions {call.head_dim} and {call.value_dim} taken as {wide}, "
+                     "to which the kernel pads")
     return Prediction(
         rates.name, rates.target, tile, times[bound_by] + listing + estimate, times[bound_by],
         listing, estimate, times["compute"], times["longest item"], times["memory"],

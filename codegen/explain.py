@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
 
 from maskdsl.atoms import Causal
 from maskdsl.codegen.bounds import describe_piece
-from maskdsl.codegen.cost import ITEM_BYTES, Prediction, memory_bytes, predict
+from maskdsl.codegen.cost import ITEM_BYTES, Prediction, memory_bytes
 from maskdsl.codegen.counts import count_closed
 from maskdsl.codegen.forecast import (
+    HOPPER,
     find_crossover,
     forecast,
     forecast_dense,
     total_pairs,
     total_visited,
 )
+from maskdsl.codegen.hopper_work import HopperCut, count_hopper
 from maskdsl.codegen.lists import base_of, group_heads, sort_atoms
 from maskdsl.codegen.rates import Rates
 from maskdsl.codegen.report import Table, as_dict, html, markdown, rich_table, table_of, text
@@ -37,9 +39,12 @@ class Request:
 
     mask     simplified; written: as the user wrote it, before simplification
     why      why this backend
-    tile     of the backend that runs, in tokens; chosen: the user's, or None
+    kernel   the backend whose work is counted: the one that runs here, or on a chip that was named
+    refused  why it is not the Hopper kernel, on a chip that has it; else ""
+    tile     of that kernel, in tokens; chosen: the user's, or None
     data     the slots' data, checked; None: not given
-    rates    of the chip to predict for; None: no prediction, and no_rates says why
+    rates    of the chip and kernel to predict for; None: no prediction, and no_rates says why
+    dense_rates  of the kernel that dense attention runs there; None: the same
     widen    gives a superset that can be planned, where a mask cannot be traced; None: none needed
     """
 
@@ -47,12 +52,15 @@ class Request:
     written: Mask
     backend: str
     why: str
+    kernel: str
+    refused: str
     shape: Shape
     call: CallHeads
     tile: tuple[int, int]
     chosen: tuple[int, int] | None = None
     data: Mapping[str, Any] | None = None
     rates: Rates | None = None
+    dense_rates: Rates | None = None
     no_rates: str = ""
     estimator: str | None = None
     widen: Callable[[Mask], Mask] | None = None
@@ -66,6 +74,12 @@ class Explanation:
     mask          the mask as it is compiled; written: as it was given
     laws          the laws that simplified it, each once
     backend       what runs here; why: why
+    kernel        the backend whose work is counted: what runs here, or what a chip that was named
+                  would run; refused: why it is not the Hopper kernel, on a chip that has it
+    tile          (queries, keys) per tile; of the Hopper kernel (rows, keys), where the rows of an
+                  item are heads x positions
+    cut           how the Hopper kernel cuts the call: heads an item, keys of its first tile, rows
+                  whose keys are cut into ranges; None: another kernel
     live_pairs    (query, key) pairs the mask keeps; None where only testing could tell and there
                   are too many
     closed_form   live pairs of one head of a square call of N tokens, as text; "" where there is
@@ -81,7 +95,7 @@ class Explanation:
                   else pairs and tiles count them as empty, and documents as one
     is_dense      whether the mask keeps all causal pairs of this call
     prediction    predicted time of the call on a named chip; None with no_prediction saying why
-    dense         predicted time of dense causal attention there
+    dense         predicted time of dense causal attention there, by the kernel that would run it
     crossover     shortest length, in tokens, from which the mask is predicted to be faster than
                   dense; None: not up to 128K, or not looked for
     fallback      what a layer policy would do, where one was asked; else ""
@@ -92,9 +106,12 @@ class Explanation:
     laws: tuple[str, ...]
     backend: str
     why: str
+    kernel: str
+    refused: str
     shape: Shape
     call: CallHeads
     tile: tuple[int, int]
+    cut: HopperCut | None
     pieces: tuple[str, ...]
     sieved: bool
     live_pairs: int | None
@@ -137,13 +154,24 @@ class Explanation:
 
     @property
     def visited_tiles(self) -> int:
-        """Key tiles that are computed, a step of gathered columns counted as one."""
-        return self.visited.steps
+        """Key tiles that are computed, a step of gathered columns counted as one, and of the Hopper
+        kernel the narrower first tile of every item too."""
+        return self.visited.steps + (0 if self.cut is None else self.visited.items)
+
+    @property
+    def visited_pairs(self) -> int:
+        """(query, key) pairs of the tiles that are computed."""
+        return self.tile[0] * (self.tile[1] * self.visited.steps + self.visited.first)
+
+    @property
+    def positions(self) -> int:
+        """Query positions of a tile."""
+        return self.tile[0] if self.cut is None else self.cut.config.span
 
     @property
     def wasted(self) -> float | None:
         """Share of the pairs in visited tiles that are dead; None where live pairs are unknown."""
-        pairs = self.visited_tiles * self.tile[0] * self.tile[1]
+        pairs = self.visited_pairs
         return None if self.live_pairs is None or not pairs else 1 - self.live_pairs / pairs
 
     @property
@@ -155,11 +183,13 @@ class Explanation:
 
     @property
     def tile_speedup(self) -> float:
-        """Tiles of dense causal attention for each tile visited: the speed-up to expect."""
-        rows, shape = self.tile[0], self.shape
+        """Pairs in tiles of dense causal attention for each pair in tiles visited: the speed-up to
+        expect."""
+        rows, shape = self.positions, self.shape
         causal = sum(-(-max(0, min(shape.kv_len, shape.q_offset + min(r + rows, shape.q_len)))
                        // self.tile[1]) for r in range(0, shape.q_len, rows))
-        return self.call.batch * self.call.heads * causal / max(1, self.visited_tiles)
+        pairs = self.call.batch * self.call.heads * causal * rows * self.tile[1]
+        return pairs / max(self.tile[0] * self.tile[1], self.visited_pairs)
 
     @property
     def speedup(self) -> float | None:
@@ -206,7 +236,7 @@ class Explanation:
 def explain_call(request: Request) -> Explanation:
     """Count what one call visits and predict its time."""
     shape, call, mask = request.shape, request.call, request.mask
-    works = count_work(mask, request.tile, shape, call, request.data, widen=request.widen)
+    works, cut = count_request(request)
     visited, pairs = total_visited(works), total_pairs(works)
     laws: list[str] = []
     simplify(request.written, laws)
@@ -219,15 +249,18 @@ def explain_call(request: Request) -> Explanation:
         why = f"{', '.join(map(repr, lists.atoms))} decide, and their data was not given"
     elif request.rates is not None:
         prediction = predict_call(request, works)
-        dense = forecast_dense(request.rates, shape, call)
-        crossover = find_crossover(mask, request.rates, call)
+        there = request.dense_rates or request.rates
+        dense = forecast_dense(there, shape, call)
+        crossover = find_crossover(mask, request.rates, call, there)
     several = call.batch * call.heads
+    packed = 1 if cut is None else cut.config.heads_packed
     return Explanation(
         mask=repr(mask), written=repr(request.written), laws=tuple(dict.fromkeys(laws)),
-        backend=request.backend, why=request.why, shape=shape, call=call, tile=request.tile,
+        backend=request.backend, why=request.why, kernel=request.kernel, refused=request.refused,
+        shape=shape, call=call, tile=request.tile, cut=cut,
         pieces=describe_kinds(works), sieved=any(w.plan.sieve is not None for w in works),
         live_pairs=pairs, closed_form=describe_closed(mask), kinds=works, visited=visited,
-        all_tiles=several * -(-shape.q_len // request.tile[0])
+        all_tiles=several // packed * -(-shape.q_len // (request.tile[0] // packed))
         * -(-shape.kv_len // request.tile[1]),
         mask_bytes=None if lists.atoms else 0,
         output_bytes=ITEM_BYTES * several * call.value_dim * shape.q_len,
@@ -238,15 +271,24 @@ def explain_call(request: Request) -> Explanation:
         prediction=prediction, no_prediction=why, dense=dense, crossover=crossover)
 
 
+def count_request(request: Request) -> tuple[tuple[KindWork, ...], HopperCut | None]:
+    """The work of every kind of head, and how the Hopper kernel cuts it where that is counted."""
+    mask, shape, call = request.mask, request.shape, request.call
+    if request.kernel == HOPPER:
+        assert request.rates is not None  # an item too long is cut by the chip's size
+        work, cut = count_hopper(mask, shape, call, request.rates.processors)
+        return (work,), cut
+    return count_work(mask, request.tile, shape, call, request.data, widen=request.widen), None
+
+
 def predict_call(request: Request, works: tuple[KindWork, ...]) -> Prediction:
-    """The prediction, with the steps counted anew where the chip's tiles are others than here."""
-    rates, shape, call = request.rates, request.shape, request.call
-    assert rates is not None
-    found = forecast(request.mask, rates, shape, call, request.data, request.chosen,
-                     request.estimator)
-    lists = request.data is not None and sort_atoms(request.mask).listed
-    return predict(rates, found.prediction.tile, shape, call, total_visited(found.works),
-                   total_pairs(works), lists, request.estimator)
+    """The prediction, with the steps counted anew: the chip's kernel may be another than here."""
+    call, pairs = request.call, total_pairs(works)
+    assert request.rates is not None
+    found = forecast(request.mask, request.rates, request.shape, call, request.data,
+                     request.chosen, request.estimator).prediction
+    operations = 2 * (call.head_dim + call.value_dim)
+    return replace(found, live_tflop=None if pairs is None else operations * pairs / 1e12)
 
 
 def describe_kinds(works: tuple[KindWork, ...]) -> tuple[str, ...]:

@@ -1,16 +1,19 @@
 """Predictions for a mask on a named chip: its own kernel's tiles, dense attention, where they meet.
 
-The plans are those the Triton kernel would walk there, whichever backend runs here.
+What is counted is what the kernel whose rates are given would do there (`rates.target`, the
+portable kernel or Hopper's own), whichever backend runs here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from maskdsl.atoms import Causal
 from maskdsl.codegen.cost import Prediction, predict
+from maskdsl.codegen.hopper_cut import refuse_dims, refuse_mask
+from maskdsl.codegen.hopper_work import ITEM, HopperCut, count_hopper, is_intervals
 from maskdsl.codegen.lists import group_heads, shared_rows, sort_atoms
 from maskdsl.codegen.planner import mean_row_width
 from maskdsl.codegen.rates import Rates
@@ -19,17 +22,22 @@ from maskdsl.codegen.visits import Visited
 from maskdsl.codegen.workload import CallHeads, KindWork, count_work
 from maskdsl.expr import Mask
 from maskdsl.shape import Shape
+from maskdsl.trace import is_traceable
 
 LENGTHS = tuple(1 << n for n in range(8, 18))  # where a crossover is looked for, in tokens
 STEP = 128  # tokens a crossover is told to
+HOPPER = "hopper"
+PAIR_BY_PAIR = ("the mask is tested pair by pair; the Hopper kernel was measured only where "
+                "intervals decide")
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A mask's prediction, with what was counted for it."""
+    """A mask's prediction, with what was counted for it; cut: of the Hopper kernel."""
 
     prediction: Prediction
     works: tuple[KindWork, ...]
+    cut: HopperCut | None = None
 
 
 def total_visited(works: tuple[KindWork, ...]) -> Visited:
@@ -61,7 +69,14 @@ def tile_on(mask: Mask, arch: str, call: CallHeads,
 def forecast(mask: Mask, rates: Rates, shape: Shape, call: CallHeads,
              data: Mapping[str, Any] | None = None, chosen: tuple[int, int] | None = None,
              estimator: str | None = None) -> Forecast:
-    """The prediction for a simplified, traceable mask; without data its lists count as empty."""
+    """The prediction for a simplified, traceable mask; without data its lists count as empty. Of
+    the Hopper kernel only for a call it takes (`refuse_call_of`)."""
+    if rates.target == HOPPER:
+        work, cut = count_hopper(mask, shape, call, rates.processors, with_pairs=False)
+        found = predict(rates, ITEM, shape, call, work.visited, estimator=estimator)
+        if work.visited.masked and not is_intervals(work.plan):
+            found = replace(found, notes=(*found.notes, PAIR_BY_PAIR))
+        return Forecast(found, (work,), cut)
     tile = tile_on(mask, rates.arch, call, chosen)
     works = count_work(mask, tile, shape, call, data, with_pairs=False)
     lists = data is not None and sort_atoms(mask).listed
@@ -69,8 +84,15 @@ def forecast(mask: Mask, rates: Rates, shape: Shape, call: CallHeads,
     return Forecast(found, works)
 
 
+def refuse_call_of(mask: Mask, call: CallHeads) -> str:
+    """Why the Hopper kernel does not take a mask in a call; "" where it does."""
+    if not is_traceable(mask):
+        return "the mask holds a function that cannot be compiled into the kernel"
+    return refuse_mask(mask) or refuse_dims(call.head_dim, call.value_dim)
+
+
 def forecast_dense(rates: Rates, shape: Shape, call: CallHeads) -> Prediction:
-    """Dense causal attention by the same kernel."""
+    """Dense causal attention by the kernel of the rates."""
     return forecast(Causal(), rates, shape, call).prediction
 
 
@@ -80,16 +102,21 @@ def is_cheap(mask: Mask) -> bool:
         mask, (64, 64), Shape(1, 1), CallHeads(), with_pairs=False))
 
 
-def find_crossover(mask: Mask, rates: Rates, call: CallHeads) -> int | None:
+def find_crossover(mask: Mask, rates: Rates, call: CallHeads,
+                   dense: Rates | None = None) -> int | None:
     """The shortest square call, in tokens, that the mask makes faster than dense causal attention;
-    rounded up to 128. None: at no length up to 128K, or not looked for (lists, sieves)."""
+    rounded up to 128. None: at no length up to 128K, or not looked for (lists, sieves).
+
+    dense  the rates of the kernel that dense attention runs; default: the same
+    """
+    dense = dense or rates
     if sort_atoms(mask).listed or not is_cheap(mask):
         return None
 
     def wins(length: int) -> bool:
         shape = Shape(length, length)
         return forecast(mask, rates, shape, call).prediction.ms < \
-            forecast_dense(rates, shape, call).ms
+            forecast_dense(dense, shape, call).ms
 
     found = next((n for n in LENGTHS if wins(n)), None)
     if found is None:

@@ -18,7 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit import emit_kernels, emit_lister, merge_lists
 from maskdsl.codegen.emit_scores import score_arguments, score_parameters
-from maskdsl.codegen.hopper import HopperForward, refuse_call, refuse_mask
+from maskdsl.codegen.hopper import HopperForward, refuse_call
+from maskdsl.codegen.hopper_cut import refuse_mask
 from maskdsl.codegen.listing import Parameter
 from maskdsl.codegen.lists import group_heads, parameters, shared_rows
 from maskdsl.codegen.plan import Plan

@@ -16,7 +16,7 @@ import numpy as np
 
 from maskdsl.codegen.call_data import Bools, HeadData, Table
 from maskdsl.codegen.cost import Prediction, predict
-from maskdsl.codegen.forecast import tile_on
+from maskdsl.codegen.forecast import HOPPER, forecast, tile_on
 from maskdsl.codegen.lists import blocks_of, group_heads, sort_atoms
 from maskdsl.codegen.planner import make_plan
 from maskdsl.codegen.rates import Rates
@@ -107,6 +107,8 @@ def can_size(mask: Mask, slots: Mapping[str, Any]) -> dict[str, ListSizes] | str
 def predict_packed(mask: Mask, rates: Rates, shape: Shape, call: CallHeads,
                    sizes: Mapping[str, ListSizes], estimator: str | None = None) -> Prediction:
     """The prediction for a simplified mask whose lists are known by size alone."""
+    if rates.target == HOPPER:  # which takes no lists
+        return forecast(mask, rates, shape, call, estimator=estimator).prediction
     tile = tile_on(mask, rates.arch, call)
     total = Visited()
     for heads, one in group_heads(mask):

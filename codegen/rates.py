@@ -23,6 +23,7 @@ class StepRates:
     listed_full  a key tile listed by a table, live throughout; listed_part: live in part
     slash        a key tile at a listed distance
     column       a step of gathered columns, as many as a tile has keys
+    first        an item's first tile (Hopper kernel), for as many keys as a tile has
     beside       what a static step takes more in a kernel that also has listed loops
     source       the measurements behind the numbers
     """
@@ -36,6 +37,7 @@ class StepRates:
     column: float
     beside: float
     source: str
+    first: float = 0.0
 
     def scaled(self, factor: float, source: str) -> StepRates:
         """The same with every step `factor` times as long, but for the item's own cost."""
@@ -62,7 +64,8 @@ class Rates:
     """One chip and backend.
 
     name         the chip, for people
-    arch         "sm_90", as `tune` spells it; target: the backend, "triton" for the portable kernel
+    arch         "sm_90", as `tune` spells it
+    target       the backend: "triton" for the portable kernel, "hopper" for Hopper's own
     processors   multiprocessors
     tera_flops   the roof for matrix products in bfloat16, TFLOP/s
     tera_bytes   the roof for memory, TB/s
@@ -148,5 +151,26 @@ H100 = Rates(
     ),
 )
 
-RATES: dict[tuple[str, str], Rates] = {(rates.arch, rates.target): rates for rates in (H100,)}
+# The Hopper kernel on the same chip, D 128: eleven measured calls (B = 1, bfloat16; they stand in
+# tests/unit/test_hopper_cost.py): five masks with 32 heads over 8 at 128K (dense at 32K), and two
+# triangles with 4 and 8 heads and at 512K. Relative least squares: errors of 0 to 3 %. All but the
+# dense call have one masked tile in nearly every item, so its cost cannot be told from the item's
+# own: it is taken as that of a first tile of 128 keys, which is masked too.
+HOPPER = replace(
+    H100, target="hopper", steps=MappingProxyType({
+        (128, 128, 128): StepRates(
+            item=2.7385, full=1.6309, masked=1.7780, first=1.7780, listed_full=0.0,
+            listed_part=0.0, slash=0.0, column=0.0, beside=0.0, source="11 calls at D 128 of one "
+            "run; error 0 to 3 %"),
+    }),
+    sources=(
+        "one run of 2026-11-24/25 (NVIDIA H100 80GB HBM3, medians, noise about 3 %), to be "
+        "superseded by docs/benchmarks/compare.json when that is committed",
+        "host time of a call: that of the portable kernel, taken over and not measured",
+        *H100.sources[1:3],
+    ),
+)
+
+RATES: dict[tuple[str, str], Rates] = {(rates.arch, rates.target): rates
+                                       for rates in (H100, HOPPER)}
 CHIPS = {"H100": "sm_90", "H100 SXM": "sm_90", "sm_90": "sm_90"}  # names a user may give

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maskdsl.codegen.explain import Explanation
+    from maskdsl.codegen.hopper_work import HopperCut
     from maskdsl.codegen.workload import KindWork
 
 Table = list[tuple[str, list[str]]]  # (label, lines)
@@ -71,8 +72,7 @@ def table_of(told: Explanation) -> Table:
         ("call", [f"{shape.q_len:,} queries at {shape.q_offset:,}, {shape.kv_len:,} keys, prompt "
                   f"of {shape.total_len:,}",
                   f"batch {call.batch}, {heads} over {call.kv_heads}, dimension {call.head_dim}"]),
-        ("backend", [f"{told.backend} ({told.why}), tiles of {told.tile[0]} queries x "
-                     f"{told.tile[1]} keys"]),
+        ("backend", backend_lines(told)),
         ("live pairs", [share(told.live_pairs, several * shape.q_len * shape.kv_len),
                         *(["all causal pairs: the mask is dense at this length"]
                           if told.is_dense else [])]),
@@ -94,6 +94,31 @@ def table_of(told: Explanation) -> Table:
     return table
 
 
+def backend_lines(told: Explanation) -> list[str]:
+    """What runs here, whose work is counted, and in which tiles."""
+    if told.cut is None:
+        tiles = f"tiles of {told.tile[0]} queries x {told.tile[1]} keys"
+    else:
+        config = told.cut.config
+        heads = "1 head" if config.heads_packed == 1 else f"{config.heads_packed} heads"
+        tiles = (f"items of {told.tile[0]} rows ({heads} x {config.span} positions), tiles of "
+                 f"{told.tile[1]} keys")
+    here = f"{told.backend} ({told.why})"
+    same = told.kernel == told.backend
+    lines = [f"{here}, {tiles}"] if same else [here, f"counted for backend {told.kernel}: {tiles}"]
+    return lines + ([f"not the Hopper kernel: {told.refused}"] if told.refused else [])
+
+
+def item_lines(told: Explanation, cut: HopperCut) -> list[str]:
+    """Items of the Hopper kernel, and which of them are cut along their keys."""
+    lines = [f"{told.visited.items:,} items, each with a first tile of {cut.config.narrow} keys"]
+    if cut.schedule.split_count:
+        first, stop = cut.cut_rows
+        lines.append(f"of rows {first:,} to {min(stop, told.shape.q_len) - 1:,} the keys are cut "
+                     f"into {cut.schedule.splits} ranges, an item each")
+    return lines
+
+
 def tile_lines(told: Explanation) -> list[str]:
     """Tiles by loop, and what of their pairs is dead."""
     seen = told.visited
@@ -102,6 +127,7 @@ def tile_lines(told: Explanation) -> list[str]:
         ("at listed distances", seen.slash), ("steps of gathered columns", seen.columns)) if count)
     lines = [f"{seen.full:,} full + {seen.masked:,} masked{listed} of {told.all_tiles:,}"
              f"{', dead ones sieved out' if told.sieved else ''}"]
+    lines += [] if told.cut is None else item_lines(told, told.cut)
     if told.wasted is not None:
         lines.append(f"{100 * told.wasted:.3g} % of the visited pairs are dead")
     return lines
@@ -136,11 +162,13 @@ def more_kinds(told: Explanation) -> list[str]:
 def row_lines(told: Explanation) -> list[str]:
     """Which rows see which keys, a line for each piece of each class of rows."""
     lines = []
+    packed = 1 if told.cut is None else told.cut.config.heads_packed
+    each = "a head" if packed == 1 else f"for {packed} heads"
     for i, kind in enumerate(told.kinds[:MANY_HEADS]):
         head = f"heads {i}, " if len(told.kinds) > 1 else ""
         for rows in kind.rows:
             lines.append(f"{head}{rows.first:,} to {rows.stop - 1:,}: {rows.full:,} full + "
-                         f"{rows.masked:,} masked tiles a head")
+                         f"{rows.masked:,} masked tiles {each}")
             lines += [f"  {keys}" for keys in rows.keys] or ["  no key"]
     return lines
 
@@ -162,8 +190,9 @@ def predicted_lines(told: Explanation) -> list[str]:
                  f"{ms(found.longest_ms)}, memory {ms(found.memory_ms)}, host {ms(found.host_ms)}")
     lines.append(f"{found.tile_tflop:.3g} TFLOP on visited tiles{live}; at the rate of a matrix "
                  f"product {ms(found.roof_ms)}")
+    other = "" if told.dense.target == found.target else f" (backend {told.dense.target})"
     crossing = "" if told.crossover is None else f"; faster from {told.crossover:,} tokens on"
-    lines.append(f"dense causal {ms(told.dense.ms)}: {told.dense.ms / found.ms:.3g}x as long"
+    lines.append(f"dense causal {ms(told.dense.ms)}{other}: {told.dense.ms / found.ms:.3g}x as long"
                  f"{crossing}")
     return [*lines, *found.notes]
 
@@ -181,13 +210,15 @@ def as_dict(told: Explanation) -> dict[str, Any]:
 
     return {
         "mask": told.mask, "written": told.written, "laws": list(told.laws),
-        "backend": told.backend, "why": told.why, "shape": asdict(told.shape),
+        "backend": told.backend, "why": told.why, "kernel": told.kernel, "refused": told.refused,
+        "cut": None if told.cut is None else told.cut.to_dict(), "shape": asdict(told.shape),
         "call": asdict(told.call), "tile": list(told.tile), "pieces": list(told.pieces),
         "sieved": told.sieved, "live_pairs": told.live_pairs, "is_dense": told.is_dense,
         "closed_form": told.closed_form, "full_tiles": told.full_tiles,
         "masked_tiles": told.masked_tiles, "listed_tiles": told.listed_tiles,
         "column_steps": told.column_steps, "visited_tiles": told.visited_tiles,
-        "all_tiles": told.all_tiles, "visited": asdict(told.visited), "wasted": told.wasted,
+        "visited_pairs": told.visited_pairs, "all_tiles": told.all_tiles,
+        "visited": asdict(told.visited), "wasted": told.wasted,
         "flops": told.flops, "tile_speedup": told.tile_speedup, "mask_bytes": told.mask_bytes,
         "input_bytes": told.input_bytes, "output_bytes": told.output_bytes,
         "dense_bytes": told.dense_bytes, "slots": list(told.slots), "counted": told.counted,

@@ -16,7 +16,7 @@ from maskdsl.codegen.writer import leaves_of
 from maskdsl.shape import Shape
 from maskdsl.spans import ZERO, Piece, spans
 from maskdsl.text import write_integer
-from maskdsl.tiles import evaluate, names_of
+from maskdsl.tiles import Ints, evaluate, names_of
 from maskdsl.trace import KV_LEN, Has, P, is_traceable
 
 MOST = 12  # classes told one by one
@@ -44,9 +44,13 @@ class RowClass:
         return asdict(self) | {"keys": list(self.keys)}
 
 
-def classify_rows(plan: Plan, shape: Shape) -> tuple[RowClass, ...]:
+def classify_rows(plan: Plan, shape: Shape,
+                  steps: tuple[Ints, Ints] | None = None) -> tuple[RowClass, ...]:
     """The classes of rows of one call, in order; at most MOST of them, the last one then stands for
-    all that follow. Prefixes count as empty, all tokens as one document."""
+    all that follow. Prefixes count as empty, all tokens as one document.
+
+    steps  (full, masked) tiles of every query tile; default: those of the portable kernel's loops
+    """
     if not shape.q_len:
         return ()
     pieces = spans(plan.mask) if is_traceable(plan.mask) else plan.pieces
@@ -59,7 +63,7 @@ def classify_rows(plan: Plan, shape: Shape) -> tuple[RowClass, ...]:
     more = len(edges) - 1 > MOST
     edges = [*edges[:MOST], end] if more else edges
     values = plan.run_bounds(shape)
-    full, masked = static_steps(plan, shape, values)
+    full, masked = static_steps(plan, shape, values) if steps is None else steps
     found = []
     for a, b in pairwise(edges):
         here = (values["p_last"] >= a) & (values["p_last"] < b)

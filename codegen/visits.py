@@ -31,6 +31,8 @@ class Visited:
     slash        tiles at listed distances, all with a mask
     columns      steps of gathered columns, as many columns each as a tile has keys
     longest      steps of the longest item
+    first        keys of the first tiles of all items: the Hopper kernel's, whose first tiles are
+                 narrower than the others and no steps
     """
 
     items: int = 0
@@ -41,6 +43,7 @@ class Visited:
     slash: int = 0
     columns: int = 0
     longest: int = 0
+    first: int = 0
 
     @property
     def listed(self) -> int:

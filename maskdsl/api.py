@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from maskdsl.codegen.kernel import TritonForward
     from maskdsl.codegen.plan import Plan
     from maskdsl.codegen.torch_backend import TorchForward
+    from maskdsl.explaining import Compiled
 
 Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 BACKENDS = ("hopper", "triton", "torch")
@@ -84,7 +85,8 @@ def pick_backend(backend: str | None, mask: Mask, tile: object = None,
     if backend is None:
         if not torch.cuda.is_available():
             return "torch"
-        from maskdsl.codegen.hopper import is_hopper, refuse_mask
+        from maskdsl.codegen.hopper import is_hopper
+        from maskdsl.codegen.hopper_cut import refuse_mask
 
         plain = tile is None and not scores
         return "hopper" if plain and is_hopper() and not refuse_mask(mask) else "triton"
@@ -294,6 +296,13 @@ class Attention:
         heads = tuple(len(heads) for heads, _ in forward.kinds if heads)
         return emit_kernels(forward.default_plans(HEAD_DIM), heads)
 
+    def compiled(self) -> Compiled:
+        """What `explain` and `compile_layers` need to know of it."""
+        from maskdsl.explaining import Compiled
+
+        return Compiled(self.mask, self.mask if self.written is None else self.written,
+                        self.slots, self.backend, self.strict, self._tile, self.limit)
+
     def explain(self, q_len: int, kv_len: int | None = None, *, q_offset: int | None = None,
                 total_len: int | None = None, batch: int | None = None, heads: int | None = None,
                 kv_heads: int | None = None, head_dim: int = HEAD_DIM,
@@ -304,22 +313,21 @@ class Attention:
         q_len, kv_len, q_offset, total_len  in tokens, as in a call; kv_len defaults to q_len
         batch, heads, kv_heads, head_dim, value_dim  of the call; default: what the mask and the
                    slots' data have, else 1, and a head dimension of 128
-        chip       "H100": predict for this chip; default: the GPU here, or an H100 where there is
-                   none. Only for chips with measured rates; the prediction says that it is one.
+        chip       "H100": count and predict what this chip would run (there the Hopper kernel,
+                   where it takes the mask); default: count what runs here, and predict for the GPU
+                   here, or an H100 where there is none. Only chips with measured rates.
         estimator  "vertical_slash", "flex_prefill", "xattention" or "block_topk": its time counts
         slots      data for every slot, as in the call: then lists are counted too, exactly. This
                    reads the data back from its device. Without it lists count as empty.
 
         Errors: ShapeError, HeadCountError, BackendError, and those of a call's slots.
         """
-        from maskdsl.explaining import Compiled, Sizes, explain
+        from maskdsl.explaining import Sizes, explain
 
         shape = Shape(q_len, q_len if kv_len is None else kv_len, q_offset,  # type: ignore[arg-type]
                       total_len)  # type: ignore[arg-type]
-        known = Compiled(self.mask, self.mask if self.written is None else self.written,
-                         self.slots, self.backend, self.strict, self._tile, self.limit)
-        return explain(known, shape, Sizes(batch, heads, kv_heads, head_dim, value_dim), chip,
-                       estimator, slots)
+        return explain(self.compiled(), shape,
+                       Sizes(batch, heads, kv_heads, head_dim, value_dim), chip, estimator, slots)
 
 
 def explain(mask: Mask, q_len: int, kv_len: int | None = None, *, causal: bool = True,

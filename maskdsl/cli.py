@@ -86,8 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
     explain = command(commands, "explain", "what a call costs: pairs, tiles, memory", run_explain)
     add_mask(explain, length=True)
     explain.add_argument("--heads", type=positive, default=1, help="query heads (default: 1)")
+    explain.add_argument("--kv-heads", type=positive, help="key/value heads (default: --heads)")
     explain.add_argument("--head-dim", type=positive, default=128, help="default: %(default)s")
     explain.add_argument("--backend", choices=BACKENDS)
+    explain.add_argument("--chip", help="count and predict what this chip would run, such as H100 "
+                         "(default: count what runs here)")
     explain.add_argument("--json", action="store_true", help="print JSON")
     source = command(commands, "source", "print the Triton kernel", run_source)
     add_mask(source, length=False)
@@ -169,7 +172,7 @@ def run_explain(args: argparse.Namespace) -> int:
     """Count."""
     attn = compile(args.mask, causal=not args.no_causal, backend=args.backend)
     told = attn.explain(args.length or default_length(attn.mask), args.kv_len, heads=args.heads,
-                        head_dim=args.head_dim)
+                        kv_heads=args.kv_heads, head_dim=args.head_dim, chip=args.chip)
     print(json.dumps(as_plain(told), indent=1, default=str) if args.json else told)
     return OK
 

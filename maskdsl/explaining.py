@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from maskdsl.atoms import Causal
 from maskdsl.binding import CallSize, check_slots, wrap
 from maskdsl.dynamic import SlotMask
 from maskdsl.errors import BackendError, HeadCountError
@@ -15,6 +16,7 @@ from maskdsl.expr import Mask
 from maskdsl.heads import count_heads
 from maskdsl.inputs import check_heads, check_limit
 from maskdsl.shape import Shape, check_length
+from maskdsl.trace import is_traceable
 
 if TYPE_CHECKING:
     from maskdsl.codegen.explain import Explanation
@@ -83,7 +85,8 @@ def explain(compiled: Compiled, shape: Shape, sizes: Sizes, chip: str | None,
             estimator: str | None, slots: Mapping[str, object]) -> Explanation:
     """Count and predict one call of a compiled mask."""
     from maskdsl.codegen.explain import Request, explain_call
-    from maskdsl.codegen.forecast import tile_on
+    from maskdsl.codegen.forecast import HOPPER, tile_on
+    from maskdsl.codegen.hopper_work import ITEM
     from maskdsl.codegen.torch_backend import BLOCK_M, BLOCK_N, plannable
 
     check_limit(compiled.limit, shape, compiled.mask)
@@ -96,14 +99,49 @@ def explain(compiled: Compiled, shape: Shape, sizes: Sizes, chip: str | None,
         size = CallSize(call.batch, call.heads, call.kv_heads,
                         devices[0] if devices else torch.device("cpu"))
         data = check_slots(compiled.slots, slots, size, shape)
-    if compiled.backend == "torch":
+    rates, no_rates = pick_rates(chip)
+    refused, dense_rates = "", rates
+    if rates is not None:
+        dense_rates = pick_kernel(compiled, Causal(), rates, call)[0]
+        rates, refused = pick_kernel(compiled, compiled.mask, rates, call)
+    kernel = name_kernel(compiled, rates, chip is not None)
+    widen = None
+    if kernel == "torch":
         tile, widen = (BLOCK_M, BLOCK_N), plannable
+    elif kernel == HOPPER:
+        tile = ITEM
     else:
-        tile, widen = tile_on(compiled.mask, present_arch(), call, compiled.tile), None
-    rates, no_rates = pick_rates(chip, compiled.backend)
+        arch = present_arch() if chip is None or rates is None else rates.arch
+        tile = tile_on(compiled.mask, arch, call, compiled.tile)
     return explain_call(Request(
-        compiled.mask, compiled.written, compiled.backend, why_backend(compiled), shape, call, tile,
-        compiled.tile, data, rates, no_rates, estimator, widen))
+        compiled.mask, compiled.written, compiled.backend, why_backend(compiled), kernel, refused,
+        shape, call, tile, compiled.tile, data, rates, dense_rates, no_rates, estimator, widen))
+
+
+def pick_kernel(compiled: Compiled, mask: Mask, rates: Rates, call: CallHeads) -> tuple[Rates, str]:
+    """(rates of the kernel that would run a mask on the chip of some rates, why that is not the
+    Hopper kernel). The reason is "" where it is, where the chip has none, and where the user asked
+    for the portable kernel."""
+    from maskdsl.codegen.forecast import HOPPER, refuse_call_of
+    from maskdsl.codegen.rates import RATES
+
+    found = RATES.get((rates.arch, HOPPER))
+    if found is None or (compiled.asked and compiled.backend == PORTABLE):
+        return rates, ""
+    refused = refuse_call_of(mask, call)
+    if compiled.tile is not None:
+        refused = "a tile was chosen, which only the portable kernel takes"
+    return (rates, refused) if refused else (found, "")
+
+
+def name_kernel(compiled: Compiled, rates: Rates | None, chip_named: bool) -> str:
+    """The backend whose work is explained: of a chip that was named, what it would run; else what
+    runs here."""
+    if chip_named and rates is not None and is_traceable(compiled.mask):
+        return rates.target
+    if compiled.backend == "torch":
+        return "torch"
+    return PORTABLE if rates is None or compiled.backend == PORTABLE else rates.target
 
 
 def why_backend(compiled: Compiled) -> str:
@@ -120,19 +158,17 @@ def present_arch() -> str:
     return arch_of(torch.device("cpu" if interpreting() else "cuda"))
 
 
-def pick_rates(chip: str | None, backend: str = PORTABLE) -> tuple[Rates | None, str]:
-    """(measured rates of a chip, or why there are none): the chip named; else the one here; where
-    there is no GPU, an H100. A chip that is named and was not measured is a BackendError. Rates are
-    those of the backend, or of the portable kernel where the backend has none; they say which."""
+def pick_rates(chip: str | None) -> tuple[Rates | None, str]:
+    """(measured rates of the portable kernel on a chip, or why there are none): the chip named;
+    else the one here; where there is no GPU, an H100. A chip that is named and was not measured is
+    a BackendError."""
     from maskdsl.codegen.cost import find_rates
-    from maskdsl.codegen.rates import RATES
 
-    target = backend if any(known == backend for _, known in RATES) else PORTABLE
     if chip is not None:
-        return find_rates(chip, target), ""
+        return find_rates(chip), ""
     if not torch.cuda.is_available():
-        return find_rates("H100", target), ""
+        return find_rates("H100"), ""
     try:
-        return find_rates(present_arch(), target), ""
+        return find_rates(present_arch()), ""
     except BackendError as error:
         return None, f"{error.wrong} ({present_arch()}); chip='H100' predicts for that one"

@@ -19,7 +19,7 @@ from maskdsl.api import HEAD_DIM, Attention, compile
 from maskdsl.atoms import Causal, Full
 from maskdsl.binding import CallSize, check_slots, describe, wrap
 from maskdsl.errors import MaskTypeError, ShapeError
-from maskdsl.explaining import Sizes, fill_sizes, pick_rates
+from maskdsl.explaining import Sizes, fill_sizes, pick_kernel, pick_rates
 from maskdsl.expr import Mask
 from maskdsl.indices import ListSizes
 from maskdsl.inputs import check_ranks
@@ -202,12 +202,16 @@ def compare(attn: Attention, shape: Shape, call: CallHeads, estimator: str | Non
     if isinstance(lists, str):
         return Choice(mask, False, f"no: the shape of {lists!r} does not tell how much it lists, "
                       "and its data is not read")
-    rates, missing = pick_rates(chip, attn.backend)
+    rates, missing = pick_rates(chip)
     if rates is None:
         rates, _ = pick_rates("H100")
         assert rates is not None
-    sparse = predict_packed(mask, rates, shape, call, lists, estimator)
-    dense = forecast_dense(rates, shape, call)
+    there = here = rates  # of the mask and of dense attention
+    if not missing:  # else the chip here is another, which need not have the same kernels
+        there, _ = pick_kernel(attn.compiled(), mask, rates, call)
+        here, _ = pick_kernel(attn.compiled(), Causal(), rates, call)
+    sparse = predict_packed(mask, there, shape, call, lists, estimator)
+    dense = forecast_dense(here, shape, call)
     is_dense = dense.ms <= sparse.ms
     packed = ", lists taken as packed" if lists else ""
     foreign = f" (decided with its rates: {missing})" if missing else ""

@@ -208,7 +208,8 @@ def find_cost(pattern: Pattern, shape: Shape, layer: Layer, causal: bool) -> Cos
     kinds = {mask: pattern.masks.count(mask) for mask in pattern.masks}
     for mask, count in kinds.items():
         told = compile(mask, causal=causal).explain(
-            shape.q_len, shape.kv_len, heads=layer.q.shape[1], head_dim=layer.q.shape[3])
+            shape.q_len, shape.kv_len, heads=layer.q.shape[1], kv_heads=layer.k.shape[1],
+            head_dim=layer.q.shape[3])
         speedups += [1 / max(told.tile_speedup, 1e-9)] * count
         predicted = getattr(told, "prediction", None)  # where the chip's rates are known
         times += [None if predicted is None else float(predicted.ms)] * count

@@ -20,6 +20,8 @@ from maskdsl import (
     compile_layers,
     dense,
 )
+from maskdsl.codegen.hopper import is_hopper
+from maskdsl.codegen.kernel import TritonForward
 from maskdsl.patterns import LayerPolicy, minference
 
 pytestmark = pytest.mark.gpu
@@ -73,3 +75,33 @@ def test_without_the_policy_s_word_the_mask_runs() -> None:
                    LayerPolicy([LastQ(2) | VerticalSlash("vs")])):
         out = compile_layers(policy)(0, q, k, v, vs=vs)
         assert torch.equal(out, compile(policy[0])(q, k, v, vs=vs))
+
+
+def test_on_hopper_the_hopper_kernel_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `explain` counts is what the launch cuts."""
+    if not is_hopper():
+        pytest.skip("needs a Hopper GPU")
+    from maskdsl.codegen import hopper
+
+    seen: list[Any] = []
+
+    def spy(*args: Any) -> Any:
+        seen.append(schedule(*args))
+        return seen[-1]
+
+    schedule = hopper.schedule
+    monkeypatch.setattr(hopper, "schedule", spy)
+    attn = compile(Sink(8) | Window(512) | LastQ(128))
+    q, k, v = tensors(30000)
+    attn(q, k, v)
+    told = attn.explain(30000, heads=4, kv_heads=2, head_dim=64)
+    assert attn.backend == told.kernel == "hopper" and told.cut is not None and not told.refused
+    assert seen == [told.cut.schedule] and told.cut.schedule.splits > 1
+    assert told.prediction is not None and told.prediction.target == "hopper"
+    wide = attn.explain(30000, head_dim=256)
+    assert wide.kernel == "triton" and "256 is beyond 128" in wide.refused
+    named = compile(Sink(8) | Window(512) | LastQ(128), backend="triton").explain(30000)
+    assert named.kernel == "triton" and named.refused == ""
+    assert isinstance(attn._forward, TritonForward)
+    assert wide.tile == (attn._forward.default_config(256).block_m,
+                         attn._forward.default_config(256).block_n)

@@ -26,7 +26,8 @@ from maskdsl import (
     Where,
     Window,
 )
-from maskdsl.codegen.hopper import is_hopper, refuse_mask
+from maskdsl.codegen.hopper import is_hopper
+from maskdsl.codegen.hopper_cut import refuse_mask
 from maskdsl.errors import BackendError
 from maskdsl.simplify import simplify
 

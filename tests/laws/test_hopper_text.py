@@ -19,18 +19,20 @@ from strategies import masks, shapes
 
 from maskdsl import Causal, FirstQ, Full, LastQ, Mask, Shape, Sink, Where, Window, dense, simplify
 from maskdsl.codegen.emit_hopper import emit_hopper
-from maskdsl.codegen.hopper import (
+from maskdsl.codegen.hopper import magic
+from maskdsl.codegen.hopper_cut import (
     BLOCK_N,
     GRAIN,
     TILE,
     HopperConfig,
     Schedule,
-    magic,
     pick_hopper,
     refuse_mask,
     schedule,
 )
+from maskdsl.codegen.hopper_work import count_hopper
 from maskdsl.codegen.planner import make_plan
+from maskdsl.codegen.workload import CallHeads
 from maskdsl.text import NUMPY_NAMES
 
 TRIANGLE = Sink(8) | Window(512) | LastQ(128)
@@ -163,6 +165,47 @@ def test_heavy_rows_are_cut() -> None:
     cut = schedule(plan, config, Shape(3000, 3000), 1, 1, 64)
     assert cut.splits > 1 and cut.split_count * config.span >= 128
     check(TRIANGLE & Causal(), Shape(3000, 3000), 4, 1, 64)
+
+
+def check_counts(mask: Mask, shape: Shape, heads: int, kv_heads: int, processors: int) -> None:
+    """What `explain` counts, against every item opened by the kernel's own text."""
+    whole = simplify(mask)
+    if refuse_mask(whole) or not shape.q_len:
+        return
+    work, cut = count_hopper(whole, shape, CallHeads(1, heads, kv_heads), processors)
+    groups, seen = heads // cut.config.heads_packed, work.visited
+    assert seen.items == cut.schedule.items and seen.first == seen.items * cut.config.narrow
+    walk = Walk(whole, shape, cut.config, cut.schedule, groups)
+    full = masked = longest = 0
+    for item in range(cut.schedule.items):
+        masked_steps, first, last = map(int, walk.open(item)[7:10])
+        masked += max(0, min(last, masked_steps) - first)
+        full += max(0, last - max(first, masked_steps))
+        longest = max(longest, last - first)
+    assert (seen.full, seen.masked, seen.longest) == (full, masked, longest), (whole, shape, cut)
+    live = dense(mask, shape, 1, heads, "cpu")[0]
+    assert work.live_pairs == int(live.sum()) * (heads // len(live))
+    if not walk.plan.needs_head:
+        assert (sum(row.full for row in work.rows) * groups,
+                sum(row.masked for row in work.rows) * groups) == (full, masked)
+
+
+@given(masks(), shapes(max_len=400), st.sampled_from([(1, 1), (4, 1), (4, 2), (6, 2)]),
+       st.sampled_from([1, 2, 16, 132]))
+def test_explain_counts_what_items_do(mask: Mask, shape: Shape, heads: tuple[int, int],
+                                      processors: int) -> None:
+    limit = min((x for m in mask.walk() if (x := m.limit()) is not None), default=1 << 60)
+    if max(shape.q_offset + shape.q_len, shape.kv_len) <= limit:
+        check_counts(mask, shape, *heads, processors)
+
+
+def test_explain_counts_cut_items_and_heads_that_differ() -> None:
+    check_counts(TRIANGLE & Causal(), Shape(3000, 3000), 4, 1, 64)
+    work, cut = count_hopper(simplify(TRIANGLE & Causal()), Shape(3000, 3000), CallHeads(1, 4, 1),
+                             64)
+    assert cut.schedule.splits > 1 and work.visited.items > -(-3000 // cut.config.span)
+    check_counts(Where(lambda b, h, q, k: (q - k < 90 * (h + 1)) & (q >= k)), Shape(700, 700), 4, 2,
+                 8)
 
 
 @given(st.integers(1, 2**31 - 1), st.integers(0, 2**31 - 1))

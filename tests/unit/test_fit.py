@@ -45,6 +45,6 @@ def test_noise_does_not_make_a_rate_negative(fit: Any) -> None:
 
 def test_the_best_of_all_choices_is_taken(fit: Any) -> None:
     """Two kinds of steps always in one proportion: any split fits, none may be negative."""
-    calls = [fit.Call((0, n, 2 * n, 0, 0, 0, 0, 0), n / 1e3, 1) for n in (3, 8, 90)]
+    calls = [fit.Call((0, n, 2 * n, 0, 0, 0, 0, 0, 0), n / 1e3, 1) for n in (3, 8, 90)]
     found = fit.fit_steps(calls)
     assert found["full"] + 2 * found["masked"] == pytest.approx(1.0)

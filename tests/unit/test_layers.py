@@ -143,7 +143,10 @@ def test_other_chips_are_decided_with_known_rates_and_say_so(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(explaining, "present_arch", lambda: "sm_80")
     there = compile_layers(minference(1), backend="torch")
-    assert "nothing was measured there" in there.choose(0, 100, vs=ListSizes(5, 5)).reason
+    choice = there.choose(0, 100, vs=ListSizes(5, 5))
+    assert "nothing was measured there" in choice.reason
+    assert choice.sparse and choice.dense  # that chip has no Hopper kernel
+    assert choice.sparse.target == choice.dense.target == "triton"
     told = compile(Window(8), backend="torch").explain(100)
     assert told.prediction is None and "sm_80" in str(told)
     with pytest.raises(BackendError, match="nothing was measured there"):

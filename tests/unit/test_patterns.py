@@ -361,10 +361,11 @@ def test_pictures(module: Any) -> None:
 
 
 ESTIMATORS = {"block_topk", "flex_prefill", "vertical_slash", "xattention"}  # see test_estimate
-POLICIES = {"LayerPolicy", "published_triangle_mix", "triangle_mix"}  # see test_policy
+# see test_policy
+POLICIES = {"LayerPolicy", "minference", "published_triangle_mix", "triangle_mix"}
 
 
-def test_every_function_is_exported_and_documented() -> None:
+def test_every_function_is_exported_and_documented(project: Path) -> None:
     public = {name for module in (classic, trianglemix) for name, value in vars(module).items()
               if callable(value) and value.__module__ == module.__name__ and name[0] != "_"}
     assert public | ESTIMATORS | POLICIES == set(patterns.__all__)
@@ -372,6 +373,11 @@ def test_every_function_is_exported_and_documented() -> None:
     for name in public:
         text = getattr(patterns, name).__doc__
         assert "Source:" in text and ">>>" in text and "causal=" in text and "token" in text
+    page = (project / "docs" / "patterns.md").read_text()
+    for name in public | POLICIES:
+        assert f"`{name}`" in page or f"`{name}(" in page, name
+    for name in (*public, "minference"):
+        assert f"[`{name}`](#{name})" in page and f"\n## {name}\n" in page, name
 
 
 def test_the_folder_is_not_a_package_of_its_own() -> None:
