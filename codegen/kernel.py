@@ -196,7 +196,7 @@ class TritonForward:
         def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                  data: dict[str, Any]) -> Result:
             result, out, lse = make_out(q)
-            more = slot_arguments(chosen, found, data, shape, q, k, v) if found else ()
+            more = slot_arguments(chosen, found, data, shape, heads, q, k, v) if found else ()
             arguments = (q, k if keys is None else rebase(keys, k),
                          v if values is None else rebase(values, v), out,
                          out if lse is None else lse, *numbers, *more, scale)
@@ -220,10 +220,12 @@ OutputMaker = Callable[[torch.Tensor], tuple[Result, torch.Tensor, torch.Tensor 
 
 
 def slot_arguments(chosen: Variant, found: list[Parameter], data: dict[str, Any], shape: Shape,
-                   q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Any]:
-    """The arguments that carry call-time data, in the order the kernel takes them."""
-    lists = merge_lists(chosen.plans)
-    heads, config = q.shape[1], chosen.config
+                   heads: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Any]:
+    """The arguments that carry call-time data, in the order the kernel takes them.
+
+    heads  query heads; q, k, v are in the user's layout, whose second dimension may be length
+    """
+    lists, config = merge_lists(chosen.plans), chosen.config
     by_head = bool(chosen.heads) or any(plan.lists.by_head for plan in chosen.plans)
     tables = Tables(CallPlan(lists, shape, q.shape[0], heads, (config.block_m, config.block_n),
                              by_head), data)

@@ -140,3 +140,15 @@ def test_the_superset_holds_the_exact_set() -> None:
     exact, wide = (dense(Causal() & VerticalSlash("vs", kind), Shape(400, 400), 1, 2,
                          slots={"vs": data}) for kind in ("exact", "block64"))
     assert (wide | ~exact).all() and (wide & ~exact).any()
+
+
+@interpreted
+def test_slots_in_the_other_layout() -> None:
+    """[B, L, H, D] tensors: the second dimension is the length, not the number of heads."""
+    mask = VerticalSlash("vs") | Sink(2)
+    q, k, v = make_inputs(Case(mask, 70, 70, 2, 4, 2, 32), "cpu")
+    found = {"vs": VSIndices(torch.randint(70, (2, 4, 5)), torch.randint(70, (2, 4, 6)))}
+    expected = maskdsl.compile(mask, backend="triton")(q, k, v, **found)
+    turned = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+    out = maskdsl.compile(mask, backend="triton", layout="blhd")(*turned, **found)
+    assert torch.equal(out.transpose(1, 2), expected)
