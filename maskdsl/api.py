@@ -27,6 +27,8 @@ from maskdsl.shape import Shape
 from maskdsl.simplify import simplify
 
 if TYPE_CHECKING:
+    from maskdsl.codegen.autotune import Autotuned
+    from maskdsl.codegen.choices import Tuned
     from maskdsl.codegen.explain import Explanation
     from maskdsl.codegen.kernel import TritonForward
     from maskdsl.codegen.plan import Plan
@@ -39,7 +41,7 @@ HEAD_DIM = 128  # what `.plan` and `.source` show before the first call
 
 def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
             layout: str = "bhld", scale: float | None = None,
-            tile: tuple[int, int] | None = None) -> Attention:
+            tile: tuple[int, int] | None = None, autotune: bool = False) -> Attention:
     """A callable that computes attention under `mask`, specialised for it.
 
     mask     the allowed (query, key) pairs
@@ -53,6 +55,9 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     layout   "bhld" for [B, H, L, D] tensors, "blhd" for [B, L, H, D]
     scale    softmax scale; default D ** -0.5
     tile     (queries, keys) per tile of the Triton kernel; default: tuned, see `.explain()`
+    autotune True times the kernels' settings on the first call of each kind (seconds to minutes),
+             and keeps the fastest on disk; `.tuned` tells. Needs a GPU, and no `tile`. A kind that
+             is new under CUDA graph capture is a BackendError.
 
     Errors: MaskTypeError, BackendError, LayoutError, ScaleError, ResourceError.
     """
@@ -61,8 +66,11 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
                             "an expression such as Sink(4) | Window(2048), or Where(fn)")
     written = Causal() & mask if causal else mask
     whole = simplify(written)
-    made = Attention(whole, pick_backend(backend, whole, tile), check_layout(layout), scale, tile,
-                     check_names(mask), strict=backend is not None)
+    chosen = pick_backend(backend, whole, tile)
+    if autotune:
+        check_autotune(chosen, tile)
+    made = Attention(whole, chosen, check_layout(layout), scale, tile, check_names(mask),
+                     strict=backend is not None, autotune=autotune)
     made.written = written
     return made
 
@@ -81,6 +89,23 @@ def pick_backend(backend: str | None, mask: Mask, tile: object = None) -> str:
     return backend
 
 
+def check_autotune(backend: str, tile: object) -> None:
+    """A BackendError where there is nothing to time."""
+    if tile is not None:
+        raise BackendError(f"autotune=True with tile={tile!r}", "autotune chooses the tile",
+                           "one of the two")
+    if backend == "torch":
+        raise BackendError("autotune=True with backend='torch'",
+                           "only the kernels for GPUs have settings to choose from",
+                           "leave autotune out, or backend='triton' where there is a GPU")
+    from maskdsl.codegen.kernel import interpreting
+
+    if interpreting():
+        raise BackendError("autotune=True with TRITON_INTERPRET=1",
+                           "times in the interpreter say nothing of a GPU",
+                           "leave autotune out, or run without TRITON_INTERPRET")
+
+
 class Attention:
     """Attention under one mask: call it with q, k, v. Made by `compile`."""
 
@@ -88,7 +113,7 @@ class Attention:
 
     def __init__(self, mask: Mask, backend: str, layout: str, scale: float | None,
                  tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = (), *,
-                 strict: bool = True) -> None:
+                 strict: bool = True, autotune: bool = False) -> None:
         self.mask = mask
         self.slots = slots  # as the user wrote them: simplification may drop one
         self._used = check_names(mask)
@@ -101,7 +126,12 @@ class Attention:
         self.heads = count_heads(mask)
         self._tile = tile
         self._ready: dict[Any, Any] = {}  # what a call looks like -> how to run it
-        _ = self._forward  # what cannot be compiled fails now, not at the first call
+        forward: Any = self._forward  # what cannot be compiled fails now, not at the first call
+        self._autotuned: Autotuned | None = None
+        if autotune:
+            from maskdsl.codegen.autotune import Autotuned
+
+            self._autotuned = Autotuned(forward)
 
     @cached_property
     def _forward(self) -> TritonForward | TorchForward:
@@ -201,9 +231,18 @@ class Attention:
         check_limit(self.limit, shape, self.mask)
         check_heads(self.heads, q.shape[1])
         size = CallSize(q.shape[0], q.shape[1], k.shape[1], q.device)
-        check_slots(self.slots, slots, size, shape)
+        data = check_slots(self.slots, slots, size, shape)
         number = check_scale(self.scale if scale is None else scale, q.shape[3])
+        if self._autotuned is not None:
+            return self._autotuned.prepare(q, k, v, shape, number, self.layout, return_lse, data)
         return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)
+
+    @property
+    def tuned(self) -> tuple[Tuned, ...]:
+        """What `autotune=True` chose so far, each kind of call once: its `.setting`, the `.times`
+        of all candidates in milliseconds, what `.failed`, and its `.source`. () without autotune.
+        `plan`, `source` and `explain` are those of the default setting."""
+        return () if self._autotuned is None else tuple(self._autotuned.choices.values())
 
     @property
     def plan(self) -> Plan:
