@@ -37,7 +37,8 @@ NVIDIA_WIDE = ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 4, 2), (128, 32, 8, 2), 
                (128, 64, 8, 2))  # head dimensions beyond 128
 NVIDIA_FLOAT32 = ((32, 16, 8, 1), (32, 32, 8, 1), (32, 16, 4, 1), (64, 16, 8, 1), (16, 32, 4, 1))
 AMD = ((64, 64, 4, 1), (128, 64, 4, 1), (128, 64, 8, 1), (128, 32, 4, 1), (64, 32, 4, 1),
-       (64, 32, 4, 2), (64, 64, 4, 2), (32, 32, 4, 1), (64, 64, 8, 1))
+       (64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1),
+       (32, 16, 4, 1))
 INTERPRETER = ((32, 32, 4, 1), (16, 16, 4, 1), (64, 32, 4, 1))  # for tests: nothing to be gained
 
 TUNER = Tuner(time_call)
@@ -68,6 +69,11 @@ def hopper_candidates(mask: Mask, group: int, head_dim: int) -> tuple[HopperConf
     made = (replace(default, heads_packed=n, narrow=narrow) for n in packed
             for narrow in (32, 64, 128))
     return tuple(dict.fromkeys((default, *made)))
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph records what is launched."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Autotuned:
@@ -128,10 +134,9 @@ class Autotuned:
             return partial(prepare(setting), q, k, v, data)
 
         kind = self.kind(q, k, v, shape)
-        capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
         with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
             made = self.tuner.choose(
                 kind, self.candidates(kind, arch_of(q.device), q.element_size()), start,
-                may_time=not capturing)
+                may_time=not is_capturing(q.device))
         self.choices[kind] = made
         return prepare(made.setting)
