@@ -69,7 +69,8 @@ ahead.count_spills = lambda *args: 0  # a candidate may spill: it loses by its t
 triangle, lists = Sink(8) | Window(512) | LastQ(128), VerticalSlash("vs") | Blocks("b", 128, 128)
 bf16, fp32, chip, rows = torch.bfloat16, torch.float32, sys.argv[1], []
 for mask, dtype, dim, value_dim, more in [
-    (triangle, bf16, 128, 128, [(128, 128, 8, 3), (256, 64, 8, 2), (16, 16, 4, 8), (64, 256, 8, 1)]),
+    (triangle, bf16, 128, 128, [(128, 128, 8, 3), (256, 64, 8, 2), (16, 16, 4, 8),
+                                (64, 256, 8, 1)]),
     (triangle, bf16, 64, 64, [(64, 128, 4, 2), (128, 128, 8, 4)]),
     (triangle, bf16, 192, 128, []), (triangle, bf16, 256, 256, [(64, 64, 4, 3)]),
     (triangle, fp32, 64, 64, [(32, 32, 4, 2), (32, 32, 4, 3)]), (triangle, fp32, 192, 192, []),
