@@ -79,13 +79,14 @@ class HopperForward:
         return self.modules[config]
 
     def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
-                scale: float, make_out: OutputMaker, with_lse: bool) -> Call:
+                scale: float, make_out: OutputMaker, with_lse: bool,
+                config: HopperConfig | None = None) -> Call:
         """A function of (q, k, v, data) for every call that looks like this one."""
         from maskdsl.codegen.kernel import rebase
 
         batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
         group, device = heads // kv_heads, q.device
-        config = self.config(group, q.shape[3])
+        config = config or self.config(group, q.shape[3])
         plan, forward = self.kernel(config)
         groups = heads // config.heads_packed
         processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -19,7 +19,7 @@ from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit import emit_kernels, emit_lister, merge_lists
 from maskdsl.codegen.emit_scores import score_arguments, score_parameters
 from maskdsl.codegen.hopper import HopperForward, refuse_call
-from maskdsl.codegen.hopper_cut import refuse_mask
+from maskdsl.codegen.hopper_cut import HopperConfig, refuse_mask
 from maskdsl.codegen.listing import Parameter
 from maskdsl.codegen.lists import group_heads, parameters, shared_rows
 from maskdsl.codegen.plan import Plan
@@ -138,12 +138,12 @@ class TritonForward:
         return tuple(replace(plan, scores=self.scores) if self.scores else plan for plan in plans)
 
     def variant(self, arch: str, dtype: torch.dtype, head_dim: int, value_dim: int, align: int,
-                use_tma: bool, with_lse: bool) -> Variant:
-        """The specialisation for these properties, built on first use."""
-        key = (arch, dtype, head_dim, value_dim, align, use_tma, with_lse)
+                use_tma: bool, with_lse: bool, config: Config | None = None) -> Variant:
+        """The specialisation for these properties, built on first use; config None: `config()`."""
+        key = (arch, dtype, head_dim, value_dim, align, use_tma, with_lse, config)
         if key not in self.variants:
             start = time.perf_counter()
-            config = self.config(arch, head_dim, value_dim, dtype.itemsize)
+            config = config or self.config(arch, head_dim, value_dim, dtype.itemsize)
             self.variants[key] = self._build(config, kernel_constants(
                 config, dtype, head_dim, value_dim, align, use_tma, with_lse))
             debug(1, f"{self.mask!r} for {arch}, {dtype}, D {head_dim}/{value_dim}: {config}")
@@ -159,11 +159,13 @@ class TritonForward:
         return Variant(plans, heads, config, module.forward, constants, listers)
 
     def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
-                scale: float, layout: str, with_lse: bool) -> Call:
+                scale: float, layout: str, with_lse: bool,
+                setting: Config | HopperConfig | None = None) -> Call:
         """A function of (q, k, v, data) for every call that looks like this one.
 
         q, k, v are [B, H, L, D] views, already checked; the function takes them in the user's
-        layout. All that a warm call need not decide again is decided here.
+        layout. All that a warm call need not decide again is decided here. The class of a setting
+        names the kernel; None: the first kernel that takes the call, in its default setting.
         """
         check_device(q)
         make_out = output_maker(q, v.shape[3], layout, with_lse)
@@ -171,22 +173,24 @@ class TritonForward:
             sinks = [mod.name for mod in self.scores if isinstance(mod, SinkLogits)]
             return lambda q, k, v, data: without_keys(
                 make_out(q), data[sinks[0]] if sinks else None)
-        return self._prepare_launch(q, k, v, shape, scale, make_out, with_lse)
+        return self._prepare_launch(q, k, v, shape, scale, make_out, with_lse, setting)
 
     def _prepare_launch(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
-                        scale: float, make_out: OutputMaker, with_lse: bool) -> Call:
+                        scale: float, make_out: OutputMaker, with_lse: bool,
+                        setting: Config | HopperConfig | None) -> Call:
         refused = self.refuse_hopper(q, k, v)
         if self.must and refused:
             raise BackendError("backend='hopper'", refused, "leave backend out: the portable "
                                "kernel takes the call then")
-        if self.hopper is not None and not refused:
+        if self.hopper is not None and not refused and not isinstance(setting, Config):
             return self.hopper.prepare(q, k, v, shape, max(scale, LEAST_SCALE) * LOG2_E, make_out,
-                                       with_lse)
+                                       with_lse, setting)
+        assert not isinstance(setting, HopperConfig), "a Hopper setting for the portable kernel"
         strides = [live_strides(t) for t in (q, k, v, make_out(q)[1])]
         align = common_alignment(strides)
         use_tma = fits_tma(k, strides[1]) and fits_tma(v, strides[2])
         chosen = self.variant(arch_of(q.device), q.dtype, q.shape[3], v.shape[3], align, use_tma,
-                              with_lse)
+                              with_lse, setting)
         config, constants = chosen.config, chosen.constants
         if debug_level() >= 2:
             for plan in chosen.plans:
@@ -208,7 +212,7 @@ class TritonForward:
         def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                  data: dict[str, Any]) -> Result:
             result, out, lse = make_out(q)
-            more = slot_arguments(chosen, found, data, shape, q, k, v) if found else ()
+            more = slot_arguments(chosen, found, data, shape, heads, q, k, v) if found else ()
             arguments = (q, k if keys is None else rebase(keys, k),
                          v if values is None else rebase(values, v), out,
                          out if lse is None else lse, *numbers, *more, scale)
@@ -232,10 +236,12 @@ OutputMaker = Callable[[torch.Tensor], tuple[Result, torch.Tensor, torch.Tensor 
 
 
 def slot_arguments(chosen: Variant, found: list[Parameter], data: dict[str, Any], shape: Shape,
-                   q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Any]:
-    """The arguments that carry call-time data, in the order the kernel takes them."""
-    lists = merge_lists(chosen.plans)
-    heads, config = q.shape[1], chosen.config
+                   heads: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Any]:
+    """The arguments that carry call-time data, in the order the kernel takes them.
+
+    heads  query heads; q, k, v are in the user's layout, whose second dimension may be length
+    """
+    lists, config = merge_lists(chosen.plans), chosen.config
     by_head = bool(chosen.heads) or any(plan.lists.by_head for plan in chosen.plans)
     tables = Tables(CallPlan(lists, shape, q.shape[0], heads, (config.block_m, config.block_n),
                              by_head), data)

@@ -30,6 +30,8 @@ from maskdsl.shape import Shape
 from maskdsl.simplify import simplify
 
 if TYPE_CHECKING:
+    from maskdsl.codegen.autotune import Autotuned
+    from maskdsl.codegen.choices import Tuned
     from maskdsl.codegen.explain import Explanation
     from maskdsl.codegen.kernel import TritonForward
     from maskdsl.codegen.plan import Plan
@@ -46,7 +48,8 @@ HEAD_DIM = 128  # what `.plan` and `.source` show before the first call
 def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
             layout: str = "bhld", scale: float | None = None,
             tile: tuple[int, int] | None = None,
-            scores: ScoreMod | Iterable[ScoreMod] | None = None) -> Attention:
+            scores: ScoreMod | Iterable[ScoreMod] | None = None,
+            autotune: bool = False) -> Attention:
     """A callable that computes attention under `mask`, specialised for it.
 
     mask     the allowed (query, key) pairs
@@ -60,6 +63,9 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     layout   "bhld" for [B, H, L, D] tensors, "blhd" for [B, L, H, D]
     scale    softmax scale; default D ** -0.5
     tile     (queries, keys) per tile of the Triton kernel; default: tuned, see `.explain()`
+    autotune True times the kernels' settings on the first call of each kind (seconds to minutes),
+             and keeps the fastest on disk; `.tuned` tells. Needs a GPU, and no `tile`. A kind that
+             is new under CUDA graph capture is a BackendError.
 
     scores   score modifiers, applied in order: `Softcap`, `ALiBi`, `Bias`, `RelativePosition`,
              `SinkLogits`; the data of those that take some is given at the call, by name
@@ -73,8 +79,11 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     whole = simplify(written)
     slots = check_names(mask)
     mods = check_scores(scores, slots)
-    made = Attention(whole, pick_backend(backend, whole, tile, bool(mods)), check_layout(layout),
-                     scale, tile, slots, mods, strict=backend is not None)
+    chosen = pick_backend(backend, whole, tile, bool(mods))
+    if autotune:
+        check_autotune(chosen, tile, bool(mods))
+    made = Attention(whole, chosen, check_layout(layout), scale, tile, slots, mods,
+                     strict=backend is not None, autotune=autotune)
     made.written = written
     return made
 
@@ -96,6 +105,26 @@ def pick_backend(backend: str | None, mask: Mask, tile: object = None,
     return backend
 
 
+def check_autotune(backend: str, tile: object, scores: bool) -> None:
+    """A BackendError where there is nothing to time."""
+    if scores:
+        raise BackendError("autotune=True with scores=...", "kernels that modify scores have no "
+                           "candidates yet", "leave autotune out")
+    if tile is not None:
+        raise BackendError(f"autotune=True with tile={tile!r}", "autotune chooses the tile",
+                           "one of the two")
+    if backend == "torch":
+        raise BackendError("autotune=True with backend='torch'",
+                           "only the kernels for GPUs have settings to choose from",
+                           "leave autotune out, or backend='triton' where there is a GPU")
+    from maskdsl.codegen.kernel import interpreting
+
+    if interpreting():
+        raise BackendError("autotune=True with TRITON_INTERPRET=1",
+                           "times in the interpreter say nothing of a GPU",
+                           "leave autotune out, or run without TRITON_INTERPRET")
+
+
 class Attention:
     """Attention under one mask: call it with q, k, v. Made by `compile`."""
 
@@ -103,7 +132,8 @@ class Attention:
 
     def __init__(self, mask: Mask, backend: str, layout: str, scale: float | None,
                  tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = (),
-                 scores: tuple[ScoreMod, ...] = (), *, strict: bool = True) -> None:
+                 scores: tuple[ScoreMod, ...] = (), *, strict: bool = True,
+                 autotune: bool = False) -> None:
         self.mask = mask
         self.slots = slots  # as the user wrote them: simplification may drop one
         self._used = check_names(mask)
@@ -120,8 +150,13 @@ class Attention:
         self._ready: dict[Any, Any] = {}  # what a call looks like -> how to run it
         self._key = ops.register(self, mask, {"backend": backend, "strict": strict,
                                               "layout": layout, "scale": scale,
-                                              "tile": tile}, scores)
-        _ = self._forward  # what cannot be compiled fails now, not at the first call
+                                              "tile": tile, "autotune": autotune}, scores)
+        forward: Any = self._forward  # what cannot be compiled fails now, not at the first call
+        self._autotuned: Autotuned | None = None
+        if autotune:
+            from maskdsl.codegen.autotune import Autotuned
+
+            self._autotuned = Autotuned(forward)
 
     @cached_property
     def _forward(self) -> TritonForward | TorchForward:
@@ -261,10 +296,19 @@ class Attention:
         check_heads(self.heads, q.shape[1])
         size = CallSize(q.shape[0], q.shape[1], k.shape[1], q.device)
         masks = {name: data for name, data in slots.items() if name not in self._score_names}
-        check_slots(self.slots, masks, size, shape, self._score_names)
+        data = check_slots(self.slots, masks, size, shape, self._score_names)
         check_score_data(self.scores, slots, q.shape[0], q.shape[1], shape, q.device)
         number = check_scale(self.scale if scale is None else scale, q.shape[3])
+        if self._autotuned is not None:
+            return self._autotuned.prepare(q, k, v, shape, number, self.layout, return_lse, data)
         return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)
+
+    @property
+    def tuned(self) -> tuple[Tuned, ...]:
+        """What `autotune=True` chose so far, each kind of call once: its `.setting`, the `.times`
+        of all candidates in milliseconds, what `.failed`, and its `.source`. () without autotune.
+        `plan`, `source` and `explain` are those of the default setting."""
+        return () if self._autotuned is None else tuple(self._autotuned.choices.values())
 
     @property
     def plan(self) -> Plan:

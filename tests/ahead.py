@@ -30,11 +30,16 @@ from maskdsl.simplify import simplify
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes
+SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448,
+                "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}  # bytes
+COPIES_TILES = ("sm_90", "sm_100", "sm_120")  # chips with TMA
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -49,8 +54,9 @@ class Compiled:
 
 def compile_for(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int = 0, *,
                 causal: bool = True, config: Config | None = None,
-                scores: tuple[ScoreMod, ...] = ()) -> Compiled:
-    """Compile the forward kernel of a mask in its default config for one chip."""
+                scores: tuple[ScoreMod, ...] = (), tma: bool = True) -> Compiled:
+    """Compile the forward kernel of a mask for one chip, in its default config or another;
+    tma=False: as for tensors whose tiles the hardware cannot copy."""
     value_dim = value_dim or head_dim
     whole = simplify(Causal() & mask if causal else mask)
     config = config or pick_config(chip, head_dim, value_dim, dtype.itemsize, mean_row_width(whole))
@@ -58,7 +64,7 @@ def compile_for(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_
              for _, one in group_heads(whole)]
     heads = tuple(len(heads) for heads, _ in group_heads(whole) if heads)
     forward = load_module(emit_kernels(tuple(plans), heads)).forward
-    use_tma = chip in ("sm_90", "sm_100")
+    use_tma = tma and chip in COPIES_TILES
     constants = kernel_constants(config, dtype, head_dim, value_dim, 16, use_tma, True)
     source = ASTSource(forward, *signature_of(forward, dtype, constants, pointers_of(plans)))
     kernel = triton.compile(source, target=TARGETS[chip],
@@ -118,8 +124,8 @@ def count_spills(chip: str, text: str, serial: bool = False) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(text)
-        suffix = "a" if chip in ("sm_90", "sm_100") else ""
-        knob = knobs.nvidia.ptxas_blackwell if chip == "sm_100" else knobs.nvidia.ptxas
+        suffix = "a" if chip in COPIES_TILES else ""
+        knob = knobs.nvidia.ptxas_blackwell if chip in ("sm_100", "sm_120") else knobs.nvidia.ptxas
         command = [knob.path, "-v", f"--gpu-name={chip}{suffix}", str(path), "-o",
                    str(Path(folder) / "out")]
         run = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ahead import COPIES_TILES, SHARED_LIMIT
 
 PROGRAM = """
 import json, sys, torch
@@ -55,6 +56,35 @@ for mask in [VerticalSlash("vs"), triangle | VerticalSlash("vs"),
 c = compile_lister(chip, Blocks("b", 64, 64) | TokenTopK("t"), Config(64, 64, 4, 3))
 rows.append({"what": "lister", "shared": c.shared, "spills": c.spills,
              "limit": SHARED_LIMIT[chip], "wgmma": True})
+print(json.dumps(rows))
+"""
+
+CONFIGS = """
+import json, sys, torch
+import ahead
+from maskdsl import Blocks, LastQ, Sink, VerticalSlash, Window
+from maskdsl.codegen.autotune import portable_candidates
+from maskdsl.codegen.tune import Config, pick_config, shared_bytes
+ahead.count_spills = lambda *args: 0  # a candidate may spill: it loses by its time
+triangle, lists = Sink(8) | Window(512) | LastQ(128), VerticalSlash("vs") | Blocks("b", 128, 128)
+bf16, fp32, chip, rows = torch.bfloat16, torch.float32, sys.argv[1], []
+for mask, dtype, dim, value_dim, more in [
+    (triangle, bf16, 128, 128, [(128, 128, 8, 3), (256, 64, 8, 2), (16, 16, 4, 8),
+                                (64, 256, 8, 1)]),
+    (triangle, bf16, 64, 64, [(64, 128, 4, 2), (128, 128, 8, 4)]),
+    (triangle, bf16, 192, 128, []), (triangle, bf16, 256, 256, [(64, 64, 4, 3)]),
+    (triangle, fp32, 64, 64, [(32, 32, 4, 2), (32, 32, 4, 3)]), (triangle, fp32, 192, 192, []),
+    (lists, bf16, 128, 128, [(64, 64, 4, 5)]), (lists, bf16, 64, 64, [(16, 16, 4, 8)]),
+]:
+    size = dtype.itemsize
+    default = pick_config(chip, dim, value_dim, size, 0.0)
+    tried = portable_candidates(chip, dim, value_dim, size, default)
+    for config in (*tried, *(Config(*sizes) for sizes in more)):
+        for tma in (True, False) if chip in ahead.COPIES_TILES and config == default else (True,):
+            c = ahead.compile_for(chip, mask, dtype, dim, value_dim, config=config, tma=tma)
+            rows.append({"what": f"{mask!r} {dtype} {dim}/{value_dim} {config} {tma}",
+                         "shared": c.shared, "fits": config in tried,
+                         "bound": shared_bytes(config, chip, dim, value_dim, size)})
 print(json.dumps(rows))
 """
 
@@ -130,17 +160,31 @@ def test_slots_compile_elsewhere(chip: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("chip", [
+    "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_default_configs_compile_well(chip: str) -> None:
     for row in run_program(PROGRAM, chip):
         assert row["spills"] == 0, row
         assert row["shared"] <= row["limit"], row
         if chip == "sm_80" and row["half"]:
             assert row["async"], row  # loads are pipelined
-        if chip in ("sm_90", "sm_100"):
+        if chip in COPIES_TILES:
             assert row["tma"], row
         if chip == "sm_90" and row["half"]:
             assert row["wgmma"], row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", [
+    "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_shared_memory_is_bounded(chip: str) -> None:
+    """No default or candidate can exceed a chip's shared memory: the estimate that they pass is an
+    upper bound of what Triton takes, and not a wild one."""
+    rows = run_program(CONFIGS, chip)
+    for row in rows:
+        assert row["shared"] <= row["bound"], row
+        assert not row["fits"] or row["shared"] <= SHARED_LIMIT[chip], row
+    assert sum(row["shared"] for row in rows) >= 0.5 * sum(row["bound"] for row in rows)
 
 
 def short(opcodes: list[str]) -> str:

@@ -162,3 +162,15 @@ def test_heads_with_columns_of_different_slots(masks: list[Mask]) -> None:
     mask = PerHead(masks) | Sink(10)
     check_random(mask, Shape(17, 44, 49, 82), {a.slot: made[a.slot] for a in slots_of(mask)},
                  backend="triton", tile=(16, 16))
+
+
+@interpreted
+def test_slots_in_the_other_layout() -> None:
+    """[B, L, H, D] tensors: the second dimension is the length, not the number of heads."""
+    mask = VerticalSlash("vs") | Sink(2)
+    q, k, v = make_inputs(Case(mask, 70, 70, 2, 4, 2, 32), "cpu")
+    found = {"vs": VSIndices(torch.randint(70, (2, 4, 5)), torch.randint(70, (2, 4, 6)))}
+    expected = maskdsl.compile(mask, backend="triton")(q, k, v, **found)
+    turned = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+    out = maskdsl.compile(mask, backend="triton", layout="blhd")(*turned, **found)
+    assert torch.equal(out.transpose(1, 2), expected)
