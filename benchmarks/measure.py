@@ -47,7 +47,7 @@ class Report:
 
     def save(self, folder: Path, commit: str) -> None:
         """Write the rows as JSON and as a Markdown table."""
-        self.about = describe_machine(commit)
+        self.about = describe_machine(commit) | self.about
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{self.question}.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
         (folder / f"{self.question}.md").write_text(self.markdown())

@@ -1,5 +1,7 @@
 """Run benchmarks: `python -m benchmarks.run forward dense million`; results as JSON and Markdown.
 
+`compare` has options of its own: give them after `compare`, or run `python -m benchmarks.compare`.
+
 Peers are measured where they are installed: FlexAttention is part of torch, FlashAttention 3 is
 `pip install fa3-fwd`.
 """
@@ -10,10 +12,12 @@ import argparse
 import importlib
 from pathlib import Path
 
+from benchmarks.compare import main as compare
 from benchmarks.measure import Report, current_commit
 
 QUESTIONS = ("forward", "dense", "million", "cold", "host", "cpu", "sweep",
-             "vertical_slash", "triangle", "estimate", "cost")
+             "vertical_slash", "triangle", "estimate", "cost", "compare", "probe", "quality",
+             "passkey", "ttft", "compiled")
 
 
 def main() -> None:
@@ -22,8 +26,13 @@ def main() -> None:
     parser.add_argument("questions", nargs="+", choices=QUESTIONS)
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--commit", default="", help="default: the checked-out commit")
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_args()
+    if rest and arguments.questions != ["compare"]:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     for question in arguments.questions:
+        if question == "compare":
+            compare(["--out", str(arguments.out), "--commit", arguments.commit, *rest])
+            continue
         report = Report(question)
         importlib.import_module(f"benchmarks.{question}").run(report)
         report.save(arguments.out, arguments.commit or current_commit())

@@ -40,12 +40,17 @@ def store_source(source: str, digest: str) -> Path:
     if read_or_none(path) == source:
         debug(1, f"kernel file found: {path}")
         return path
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False,
-                                     encoding="utf-8") as file:
-        file.write(source)
-    os.replace(file.name, path)
+    replace_file(path, source)
     debug(1, f"kernel file written: {path}")
     return path
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole: another process sees the old text or the new one, never a part."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False,
+                                     encoding="utf-8") as file:
+        file.write(text)
+    os.replace(file.name, path)
 
 
 def read_or_none(path: Path) -> str | None:
@@ -66,7 +71,7 @@ def writable_folder(folder: Path) -> Path:
         pass
     temporary = Path(tempfile.gettempdir()) / f"maskdsl-{os.getuid()}"
     temporary.mkdir(mode=0o700, exist_ok=True)
-    warnings.warn(f"maskdsl cannot write {folder}; kernels go to {temporary} instead. "
+    warnings.warn(f"maskdsl cannot write {folder}; its files go to {temporary} instead. "
                   "Set MASKDSL_CACHE_DIR to a directory you can write.", stacklevel=2)
     return temporary
 

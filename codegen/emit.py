@@ -7,6 +7,7 @@ bounds of the two loops, the mask of a tile, and (where one pays) the dead-tile 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -21,6 +22,14 @@ from maskdsl.codegen.emit_lists import (
     slash_segments,
     table_lines,
     unvisited,
+)
+from maskdsl.codegen.emit_scores import (
+    FULL,
+    HELPERS,
+    LOG2_E,
+    score_lines,
+    score_parameters,
+    sink_lines,
 )
 from maskdsl.codegen.listing import Lists, Parameter, Segment
 from maskdsl.codegen.lists import parameters
@@ -49,13 +58,19 @@ def emit_kernels(plans: tuple[Plan, ...], heads: tuple[int, ...]) -> str:
     """
     template = read_template("forward")
     lists = merge_lists(plans)
-    found = parameters(lists)
+    # all heads read one list of columns, so each must tell its own among them
+    plans = tuple(replace(plan, lists=replace(plan.lists, columns=lists.columns))
+                  if plan.lists.columns else plan for plan in plans)
+    scores = plans[0].scores
+    found = [*parameters(lists), *score_parameters(scores)]
     if heads:
         found.append(Parameter("head_order", True))
     names = names_text(found)
     pieces = {
         "<HEADER>\n": header_text(plans),
         "# <SLOT_HELPERS>\n": read_template("slots") if lists.atoms else "",
+        "# <SCORE_HELPERS>\n": HELPERS if scores else "",
+        f"{INDENT}# <SINKS>\n": indent(sink_lines(scores)),
         "<MORE_NAMES>": names,
         "<MORE_PARAMETERS>": parameters_text(found, 12),
         f"{INDENT}# <TILE_ORDER>\n": tile_order_text(plans, heads),
@@ -117,8 +132,14 @@ def header_text(plans: tuple[Plan, ...]) -> str:
                  "no mask\n"
                  f"MASKED loop  {', '.join([count_text(plan.masked), *more])}"
                  f"{', dead tiles skipped by interval arithmetic' if plan.sieve else ''}\n"
+                 f"{scores_text(plan)}"
                  f"{'COLUMN loop  loose columns, gathered' + chr(10) if lists.columns else ''}\n")
     return text
+
+
+def scores_text(plan: Plan) -> str:
+    """What is done to the scores."""
+    return f"scores       {list(plan.scores)!r}; `scale` holds no log2(e)\n" if plan.scores else ""
 
 
 def count_text(segments: tuple[Segment, ...]) -> str:
@@ -248,7 +269,7 @@ def full_loop_text(plan: Plan) -> str:
     setup, tile = virtual_lines("full", plan.full)
     before = indent((f"# FULL tiles of {loop_names(plan, False)}", *setup,
                      f"for i in tl.range(0, full_count{len(plan.full) - 1}, num_stages=STAGES):"))
-    return before + indent((f"start = ({tile}) * BLOCK_N", *LOADS, *FULL_STEP), 2)
+    return before + indent((f"start = ({tile}) * BLOCK_N", *full_step(plan)), 2)
 
 
 def masked_loop_text(plan: Plan) -> str:
@@ -262,7 +283,7 @@ def masked_loop_text(plan: Plan) -> str:
                      *(sieve.setup if sieve else ()),
                      f"for i in tl.range(0, masked_count{len(plan.masked) - 1}, "
                      "num_stages=STAGES):"))
-    step = masked_step(test_static(plan))
+    step = masked_step(plan, test_static(plan))
     if sieve is None:
         return before + indent((f"start = ({tile}) * BLOCK_N", *step), 2)
     head = indent((f"tile = {tile}", "start = tile * BLOCK_N",
@@ -271,9 +292,26 @@ def masked_loop_text(plan: Plan) -> str:
     return before + head + indent(step, 3)
 
 
-def masked_step(test: Test) -> tuple[str, ...]:
+def full_step(plan: Plan) -> tuple[str, ...]:
+    """One step of a loop without a mask."""
+    if not plan.scores:
+        return (*LOADS, *FULL_STEP)
+    return (*LOADS, SCORES, KEYS, *score_lines(plan.scores), FULL, *attend_lines(plan))
+
+
+def masked_step(plan: Plan, test: Test) -> tuple[str, ...]:
     """One step of a loop with a mask; words are loaded before the scores, which hide the wait."""
-    return (*LOADS, *test.loads, SCORES, *test.lines, *MASKED_STEP)
+    modified: tuple[str, ...] = score_lines(plan.scores) if plan.scores else ()
+    if modified and KEYS not in test.lines:
+        modified = (KEYS, *modified)
+    return (*LOADS, *test.loads, SCORES, *test.lines, *modified, *attend_lines(plan))
+
+
+def attend_lines(plan: Plan) -> tuple[str, ...]:
+    """The softmax of one tile; modified scores are in natural units, and scaled already."""
+    if not plan.scores:
+        return MASKED_STEP
+    return tuple(line.replace("scale", LOG2_E) for line in MASKED_STEP)
 
 
 def listed_loops_text(plan: Plan) -> str:
@@ -301,7 +339,7 @@ def tile_loop_text(plan: Plan, full: bool) -> str:
               f"for i in tl.range(0, {count}, num_stages=STAGES):")
     head = ("start = listed * BLOCK_N", f"listed = tl.load(union_tile_list + {at[1]}, "
             f"mask=i + 1 < {count}, other=0)")
-    step = (*LOADS, *FULL_STEP) if full else masked_step(test_listed(plan))
+    step = full_step(plan) if full else masked_step(plan, test_listed(plan))
     return indent(before) + indent((*head, *step), 2)
 
 
@@ -316,7 +354,7 @@ def slash_loop_text(plan: Plan) -> str:
               f"for i in tl.range(0, {total}, num_stages=STAGES):")
     step = ("start = p_first - distance", "n = i + 1",
             f"distance = tl.load(union_slash_list + ({place}), mask=n < {total}, other=0)",
-            *masked_step(test_slash(plan, unvisited(plan, False))))
+            *masked_step(plan, test_slash(plan, unvisited(plan, False))))
     return indent(before) + indent(step, 2)
 
 
@@ -333,10 +371,12 @@ def column_loop_text(plan: Plan) -> str:
             f"column = tl.load(union_column_list + ({place}), mask=j < {total}, other=kv_len)",
             "keys = load_rows(key_rows, k_stride_l, column, kv_len, HEAD_DIM, QK_BLOCK, ALIGN)",
             "values = load_rows(value_rows, v_stride_l, column, kv_len, VALUE_DIM, V_BLOCK, ALIGN)",
-            *test.loads, SCORES, *test.lines, *MASKED_STEP)
+            *test.loads, SCORES, *test.lines,
+            *(score_lines(plan.scores) if plan.scores else ()), *attend_lines(plan))
     return indent(before) + indent(step, 2)
 
 
+KEYS = "k = start + tl.arange(0, BLOCK_N)[None, :]"
 SCORES = "scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)"
 LOADS = (
     "keys = load_tile(k_base, k_stride_l, batch, kv_head, start, kv_len, HEAD_DIM,",

@@ -27,12 +27,12 @@ def emit_hopper(plan: Plan) -> str:
     """The kernel file of a plan whose tiles are grains; equal plans give equal text."""
     loose, full = places_of(plan)
     names = state_names(plan)
-    state, letter = ", ".join(names), [*LETTER, *names]
+    letter = [*LETTER, *names]
     counts = [f"{place.name}_count{len(place.lines)}" if place.lines else "gl.to_tensor(0)"
               for place in (loose, full)]
     bounds = (*plan.bounds, *loose.lines, *full.lines,
               *(("nothing = gl.to_tensor(0)",) if names == ["nothing"] else ()),
-              f"return {', '.join(counts)}, {state}")
+              f"return {', '.join(counts)}, ({', '.join(names)},)")
     order, which = ("light - 1 - place", "last") if plan.last_first else ("place", "first")
     pieces = {
         "<HEADER>\n": header_text(plan),
@@ -44,17 +44,27 @@ def emit_hopper(plan: Plan) -> str:
             f"# the {which} query tiles see most keys: they start first", f"q_tile = {order}")),
         "    # <WRITE>\n": indent(tuple(f"text = gl.where(place == {i}, {name}, text)"
                                         for i, name in enumerate(letter))),
-        "    # <READ>\n": indent((
-            f"return {', '.join(f'word_of(letter, {i})' for i in range(len(letter)))}",)),
-        "<LETTER>": ", ".join(letter),
-        "<STATE>": state,
-        "<CONSTANTS>": ", ".join(f"{name}: gl.constexpr" for name in CONSTANTS),
-        "<CONSTANT_NAMES>": ", ".join(CONSTANTS),
+        "    # <READ>\n": indent((f"return ({words(0, len(LETTER))},",
+                                 f"        ({words(len(LETTER), len(letter))},))")),
+        "    # <STATE>\n": indent((f"{', '.join(names)}, = state",)),
+        "<CONSTANTS>": wrap([f"{name}: gl.constexpr" for name in CONSTANTS], 3, 12),
+        "<CONSTANT_NAMES>": wrap(list(CONSTANTS), 6, 20),
     }
     template = read_template("hopper")
     for mark, text in pieces.items():
         template = template.replace(mark, text)
     return template
+
+
+def words(first: int, last: int) -> str:
+    """The numbers first, first + 1, ... of a letter."""
+    return wrap([f"word_of(letter, {i})" for i in range(first, last)], 4, 12)
+
+
+def wrap(parts: list[str], a_line: int, depth: int) -> str:
+    """Parts with commas, so many a line."""
+    lines = [", ".join(parts[i:i + a_line]) for i in range(0, len(parts), a_line)]
+    return f",\n{' ' * depth}".join(lines)
 
 
 def fits_letter(plan: Plan) -> bool:

@@ -19,7 +19,8 @@ def names_text(found: list[Parameter]) -> str:
 def parameters_text(found: list[Parameter], depth: int) -> str:
     """The parameters in a kernel's signature."""
     space = " " * depth
-    words = [p.name if p.is_pointer else f"{p.name}: tl.int32" for p in found]
+    types = {p.name: "tl.int64" if "_stride_" in p.name else "tl.int32" for p in found}
+    words = [p.name if p.is_pointer else f"{p.name}: {types[p.name]}" for p in found]
     return "".join(f"{space}{', '.join(words[i:i + 3])},\n" for i in range(0, len(words), 3))
 
 

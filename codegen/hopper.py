@@ -67,6 +67,10 @@ class HopperForward:
         """The config in use."""
         return self.chosen or pick_hopper(self.mask, group, head_dim)
 
+    def default_plan(self, head_dim: int) -> Plan:
+        """The plan for four query heads a key/value head."""
+        return self.kernel(self.config(4, head_dim))[0]
+
     def kernel(self, config: HopperConfig) -> tuple[Plan, Any]:
         """Plan and JIT function for one config."""
         if config not in self.modules:
@@ -75,13 +79,14 @@ class HopperForward:
         return self.modules[config]
 
     def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
-                scale: float, make_out: OutputMaker, with_lse: bool) -> Call:
+                scale: float, make_out: OutputMaker, with_lse: bool,
+                config: HopperConfig | None = None) -> Call:
         """A function of (q, k, v, data) for every call that looks like this one."""
         from maskdsl.codegen.kernel import rebase
 
         batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
         group, device = heads // kv_heads, q.device
-        config = self.config(group, q.shape[3])
+        config = config or self.config(group, q.shape[3])
         plan, forward = self.kernel(config)
         groups = heads // config.heads_packed
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -96,11 +101,7 @@ class HopperForward:
                    *magic((cut.q_tiles - cut.split_count) * cut.section), *magic(cut.section),
                    *magic(groups), shape.q_len, shape.kv_len, shape.q_offset,
                    shape.total_len)
-        constants = {
-            "HEADS_PACKED": config.heads_packed, "SPAN": config.span, "NARROW": config.narrow,
-            "BLOCK_N": BLOCK_N, "GRAIN": GRAIN, "K_SLOTS": config.k_slots,
-            "V_SLOTS": config.v_slots, "WITH_LSE": with_lse, "REGISTERS": config.registers,
-            "num_warps": 4, "maxnreg": 128}
+        constants = constants_of(config, with_lse)
         rows = cut.split_count * config.span
         sizes = (cut.splits * batch * heads * rows, v.shape[3])
 
@@ -142,15 +143,28 @@ def combine_parts(out: torch.Tensor, lse: torch.Tensor | None, parts: torch.Tens
         BLOCK=block, WITH_LSE=lse is not None)
 
 
+def constants_of(config: HopperConfig, with_lse: bool) -> dict[str, Any]:
+    """The constexpr arguments and options of a launch."""
+    return {"HEADS_PACKED": config.heads_packed, "SPAN": config.span, "NARROW": config.narrow,
+            "BLOCK_N": BLOCK_N, "GRAIN": GRAIN, "K_SLOTS": config.k_slots,
+            "V_SLOTS": config.v_slots, "WITH_LSE": with_lse, "REGISTERS": config.registers,
+            # sixteen warps, the last three of them idle, share 64 Ki registers before they trade
+            "num_warps": 4, "maxnreg": 128}
+
+
+def blocks_of(config: HopperConfig, head_dim: int, value_dim: int) -> list[tuple[int, ...]]:
+    """The boxes that TMA copies of q, k, v, grains of k and v, and the output."""
+    half = max(config.heads_packed // 2, 1)
+    item, tile, grain = (1, half, 64 // half), (1, 1, BLOCK_N), (1, 1, GRAIN)
+    d, dv = width_of(head_dim), width_of(value_dim)
+    return [(*item, d), (*tile, d), (*tile, dv), (*grain, 64), (*grain, 64), (*item, dv)]
+
+
 def describe_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
                  config: HopperConfig) -> list[Any]:
-    """TMA descriptors of q, k, v, grains of k and v, and the output: templates for `rebase`."""
-    half = max(config.heads_packed // 2, 1)
-    item = (1, half, 64 // half)
-    d, dv = width_of(q.shape[3]), width_of(v.shape[3])
-    tile, grain = (1, 1, BLOCK_N), (1, 1, GRAIN)
-    return [describe(q, (*item, d)), describe(k, (*tile, d)), describe(v, (*tile, dv)),
-            describe(k, (*grain, 64)), describe(v, (*grain, 64)), describe(out, (*item, dv))]
+    """TMA descriptors, templates for `rebase`."""
+    blocks = blocks_of(config, q.shape[3], v.shape[3])
+    return [describe(t, block) for t, block in zip((q, k, v, k, v, out), blocks, strict=True)]
 
 
 def describe(t: torch.Tensor, block: tuple[int, ...]) -> Any:

@@ -6,7 +6,7 @@ import copy
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -17,8 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit import emit_kernels, emit_lister, merge_lists
+from maskdsl.codegen.emit_scores import score_arguments, score_parameters
 from maskdsl.codegen.hopper import HopperForward, refuse_call
-from maskdsl.codegen.hopper_cut import refuse_mask
+from maskdsl.codegen.hopper_cut import HopperConfig, refuse_mask
 from maskdsl.codegen.listing import Parameter
 from maskdsl.codegen.lists import group_heads, parameters, shared_rows
 from maskdsl.codegen.plan import Plan
@@ -27,6 +28,7 @@ from maskdsl.codegen.tables import CHUNK, CallPlan, Tables, head_table
 from maskdsl.codegen.tune import Config, pick_config
 from maskdsl.errors import BackendError, DeviceError, DtypeError, ResourceError
 from maskdsl.expr import Mask
+from maskdsl.scores import ScoreMod, SinkLogits
 from maskdsl.settings import debug, debug_level
 from maskdsl.shape import Shape
 from maskdsl.spans import spans
@@ -75,7 +77,7 @@ class Variant:
     @property
     def parameters(self) -> list[Parameter]:
         """The arguments beyond those of every mask."""
-        found = parameters(merge_lists(self.plans))
+        found = [*parameters(merge_lists(self.plans)), *score_parameters(self.plans[0].scores)]
         return [*found, Parameter("head_order", True)] if self.heads else found
 
 
@@ -83,13 +85,14 @@ class TritonForward:
     """The forward kernels of one mask. One compiled kernel serves every length, batch and head
     count; only dtype, head sizes, and whether tensors are aligned make another."""
 
-    def __init__(self, mask: Mask, config: Config | None = None, *, hopper: bool = False,
+    def __init__(self, mask: Mask, config: Config | None = None, *,
+                 scores: tuple[ScoreMod, ...] = (), hopper: bool = False,
                  must: bool = False) -> None:
         """hopper: take the Hopper kernel where a call allows; must: raise where it does not."""
         if not can_launch():
             raise BackendError("backend='triton'", "there is no GPU here",
                                "backend='torch', or TRITON_INTERPRET=1 to test on a CPU")
-        self.mask = mask
+        self.mask, self.scores = mask, scores
         self.kinds = sorted(group_heads(mask), key=lambda kind: -mean_row_width(kind[1]))
         for _, one in self.kinds:
             spans(one)  # a function that cannot be compiled is told now, not at the first call
@@ -106,6 +109,8 @@ class TritonForward:
             return f"{arch_of(q.device)} is no Hopper GPU"
         if self.chosen is not None:
             return "a tile was chosen, which only the portable kernel takes"
+        if self.scores:
+            return "scores are modified, which only the portable kernel does"
         fits = all(fits_tma(t, live_strides(t)) for t in (q, k, v))
         return refuse_mask(self.mask) or refuse_call(q, v, fits)
 
@@ -126,16 +131,19 @@ class TritonForward:
 
     def default_plans(self, head_dim: int) -> tuple[Plan, ...]:
         """The plans for two-byte elements on the current device, costliest heads first."""
-        config = self.default_config(head_dim)
-        return tuple(make_plan(mask, config.block_m, config.block_n) for _, mask in self.kinds)
+        return self._plans(self.default_config(head_dim))
+
+    def _plans(self, config: Config) -> tuple[Plan, ...]:
+        plans = (make_plan(mask, config.block_m, config.block_n) for _, mask in self.kinds)
+        return tuple(replace(plan, scores=self.scores) if self.scores else plan for plan in plans)
 
     def variant(self, arch: str, dtype: torch.dtype, head_dim: int, value_dim: int, align: int,
-                use_tma: bool, with_lse: bool) -> Variant:
-        """The specialisation for these properties, built on first use."""
-        key = (arch, dtype, head_dim, value_dim, align, use_tma, with_lse)
+                use_tma: bool, with_lse: bool, config: Config | None = None) -> Variant:
+        """The specialisation for these properties, built on first use; config None: `config()`."""
+        key = (arch, dtype, head_dim, value_dim, align, use_tma, with_lse, config)
         if key not in self.variants:
             start = time.perf_counter()
-            config = self.config(arch, head_dim, value_dim, dtype.itemsize)
+            config = config or self.config(arch, head_dim, value_dim, dtype.itemsize)
             self.variants[key] = self._build(config, kernel_constants(
                 config, dtype, head_dim, value_dim, align, use_tma, with_lse))
             debug(1, f"{self.mask!r} for {arch}, {dtype}, D {head_dim}/{value_dim}: {config}")
@@ -143,7 +151,7 @@ class TritonForward:
         return self.variants[key]
 
     def _build(self, config: Config, constants: dict[str, Any]) -> Variant:
-        plans = tuple(make_plan(mask, config.block_m, config.block_n) for _, mask in self.kinds)
+        plans = self._plans(config)
         heads = tuple(heads for heads, _ in self.kinds if heads)
         module = load_module(emit_kernels(plans, tuple(map(len, heads))))
         listers = tuple(load_module(emit_lister(plan)).list_tiles if plan.lists.tables else None
@@ -151,32 +159,38 @@ class TritonForward:
         return Variant(plans, heads, config, module.forward, constants, listers)
 
     def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
-                scale: float, layout: str, with_lse: bool) -> Call:
+                scale: float, layout: str, with_lse: bool,
+                setting: Config | HopperConfig | None = None) -> Call:
         """A function of (q, k, v, data) for every call that looks like this one.
 
         q, k, v are [B, H, L, D] views, already checked; the function takes them in the user's
-        layout. All that a warm call need not decide again is decided here.
+        layout. All that a warm call need not decide again is decided here. The class of a setting
+        names the kernel; None: the first kernel that takes the call, in its default setting.
         """
         check_device(q)
         make_out = output_maker(q, v.shape[3], layout, with_lse)
         if not q.numel() or not shape.kv_len:
-            return lambda q, k, v, data: without_keys(make_out(q))
-        return self._prepare_launch(q, k, v, shape, scale, make_out, with_lse)
+            sinks = [mod.name for mod in self.scores if isinstance(mod, SinkLogits)]
+            return lambda q, k, v, data: without_keys(
+                make_out(q), data[sinks[0]] if sinks else None)
+        return self._prepare_launch(q, k, v, shape, scale, make_out, with_lse, setting)
 
     def _prepare_launch(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
-                        scale: float, make_out: OutputMaker, with_lse: bool) -> Call:
+                        scale: float, make_out: OutputMaker, with_lse: bool,
+                        setting: Config | HopperConfig | None) -> Call:
         refused = self.refuse_hopper(q, k, v)
         if self.must and refused:
             raise BackendError("backend='hopper'", refused, "leave backend out: the portable "
                                "kernel takes the call then")
-        if self.hopper is not None and not refused:
+        if self.hopper is not None and not refused and not isinstance(setting, Config):
             return self.hopper.prepare(q, k, v, shape, max(scale, LEAST_SCALE) * LOG2_E, make_out,
-                                       with_lse)
+                                       with_lse, setting)
+        assert not isinstance(setting, HopperConfig), "a Hopper setting for the portable kernel"
         strides = [live_strides(t) for t in (q, k, v, make_out(q)[1])]
         align = common_alignment(strides)
         use_tma = fits_tma(k, strides[1]) and fits_tma(v, strides[2])
         chosen = self.variant(arch_of(q.device), q.dtype, q.shape[3], v.shape[3], align, use_tma,
-                              with_lse)
+                              with_lse, setting)
         config, constants = chosen.config, chosen.constants
         if debug_level() >= 2:
             for plan in chosen.plans:
@@ -187,7 +201,8 @@ class TritonForward:
         numbers = (*(s // align for three in strides for s in three),
                    batch * heads, heads, heads // k.shape[1],
                    shape.q_len, shape.kv_len, shape.q_offset, shape.total_len)
-        scale = max(scale, LEAST_SCALE) * LOG2_E
+        if not self.scores:  # modified scores are scaled by themselves, in natural units
+            scale = max(scale, LEAST_SCALE) * LOG2_E
         found = chosen.parameters
         options = {**constants, "num_warps": config.warps, "num_stages": config.stages}
         launch, device = chosen.forward[grid], q.device.index
@@ -197,7 +212,7 @@ class TritonForward:
         def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                  data: dict[str, Any]) -> Result:
             result, out, lse = make_out(q)
-            more = slot_arguments(chosen, found, data, shape, q, k, v) if found else ()
+            more = slot_arguments(chosen, found, data, shape, heads, q, k, v) if found else ()
             arguments = (q, k if keys is None else rebase(keys, k),
                          v if values is None else rebase(values, v), out,
                          out if lse is None else lse, *numbers, *more, scale)
@@ -221,10 +236,12 @@ OutputMaker = Callable[[torch.Tensor], tuple[Result, torch.Tensor, torch.Tensor 
 
 
 def slot_arguments(chosen: Variant, found: list[Parameter], data: dict[str, Any], shape: Shape,
-                   q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Any]:
-    """The arguments that carry call-time data, in the order the kernel takes them."""
-    lists = merge_lists(chosen.plans)
-    heads, config = q.shape[1], chosen.config
+                   heads: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Any]:
+    """The arguments that carry call-time data, in the order the kernel takes them.
+
+    heads  query heads; q, k, v are in the user's layout, whose second dimension may be length
+    """
+    lists, config = merge_lists(chosen.plans), chosen.config
     by_head = bool(chosen.heads) or any(plan.lists.by_head for plan in chosen.plans)
     tables = Tables(CallPlan(lists, shape, q.shape[0], heads, (config.block_m, config.block_n),
                              by_head), data)
@@ -234,6 +251,8 @@ def slot_arguments(chosen: Variant, found: list[Parameter], data: dict[str, Any]
             if lister is not None:
                 list_tiles(chosen, i, lister, tables, q.device)
     everything = tables.arguments | {"union_key_rows": k, "union_value_rows": v}
+    if scores := chosen.plans[0].scores:
+        everything |= score_arguments(scores, data, heads, q.device)
     if chosen.heads:
         everything["head_order"] = head_table(sum(chosen.heads, ()), q.device)
     return [everything[p.name] for p in found]
@@ -272,12 +291,13 @@ def output_maker(q: torch.Tensor, value_dim: int, layout: str, with_lse: bool) -
     return make
 
 
-def without_keys(made: tuple[Result, torch.Tensor, torch.Tensor | None]) -> Result:
-    """The result where no row has a key: 0 and -inf."""
+def without_keys(made: tuple[Result, torch.Tensor, torch.Tensor | None],
+                 sinks: torch.Tensor | None = None) -> Result:
+    """The result where no row has a key: 0, and -inf or the head's sink logit."""
     result, out, lse = made
     out.zero_()
     if lse is not None:
-        lse.fill_(float("-inf"))
+        lse.copy_(lse.new_tensor(float("-inf")) if sinks is None else sinks[:, None])
     return result
 
 

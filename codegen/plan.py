@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from maskdsl.codegen.listing import NO_LISTS, ListedTest, Lists, Segment
 from maskdsl.expr import Mask, operands
+from maskdsl.scores import ScoreMod
 from maskdsl.shape import Shape
 from maskdsl.spans import Piece
 from maskdsl.text import NUMPY_NAMES
@@ -55,6 +56,7 @@ class Plan:
     sieve         dead-tile test of the masked loop, where one pays
     last_first    whether the last query tiles are the heaviest and start first
     lists         what call-time data adds to the two loops
+    scores        what is done to the scores of live pairs
     """
 
     mask: Mask
@@ -72,6 +74,7 @@ class Plan:
     last_first: bool
     needs_head: bool
     lists: Lists = NO_LISTS
+    scores: tuple[ScoreMod, ...] = ()
 
     @property
     def live(self) -> str:

@@ -22,6 +22,7 @@ from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan
 from maskdsl.dynamic import ListMask
 from maskdsl.expr import And, Mask, Not, Or, join
+from maskdsl.scores import Bias, ScoreMod, ScorePlace, SinkLogits, add_sinks, modify_scores
 from maskdsl.shape import Shape, Site
 from maskdsl.simplify import simplify
 from maskdsl.trace import is_traceable
@@ -84,8 +85,8 @@ class Kind:
 class TorchForward:
     """Block-sparse attention of one mask with torch ops."""
 
-    def __init__(self, mask: Mask) -> None:
-        self.mask = mask
+    def __init__(self, mask: Mask, scores: tuple[ScoreMod, ...] = ()) -> None:
+        self.mask, self.scores = mask, scores
         self.kinds = [Kind(heads, one) for heads, one in group_heads(mask)]
 
     @property
@@ -102,8 +103,10 @@ class TorchForward:
         def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, data: dict[str, Any]) -> Any:
             if turned:
                 q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            bound = bind_slots(self.mask, data, shape)
-            out, lse = self.attend(q, k, v, shape, scale, with_lse, bound)
+            names = {mod.name for mod in self.scores}
+            extra = {name: data[name] for name in names if name}
+            bound = bind_slots(self.mask, {n: d for n, d in data.items() if n not in names}, shape)
+            out, lse = self.attend(q, k, v, shape, scale, with_lse, bound, extra)
             if turned:
                 out = out.transpose(1, 2)
             return (out, lse) if with_lse else out
@@ -112,10 +115,12 @@ class TorchForward:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
                scale: float, with_lse: bool = True,
-               bound: Mapping[str, Any] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+               bound: Mapping[str, Any] | None = None,
+               data: Mapping[str, torch.Tensor] | None = None) -> tuple[
+                   torch.Tensor, torch.Tensor]:
         """Output [B, Hq, Lq, Dv] in the dtype of q, lse [B, Hq, Lq] (or empty); inputs are views
         [B, H, L, D]."""
-        call = Run(shape, scale, with_lse, q.shape[1], bound or {})
+        call = Run(shape, scale, with_lse, q.shape[1], bound or {}, self.scores, data or {})
         if len(self.kinds) == 1 and not self.kinds[0].alone:
             return attend_kind(self.kinds[0], q, k, v, call, 0, 0)
         group = q.shape[1] // k.shape[1]
@@ -139,6 +144,39 @@ class Run:
     with_lse: bool
     heads: int
     bound: Mapping[str, Any]
+    scores: tuple[ScoreMod, ...]
+    data: Mapping[str, torch.Tensor]
+
+    @property
+    def needs_lse(self) -> bool:
+        """Whether rows must tell their lse."""
+        return self.with_lse or self.sinks is not None
+
+    @property
+    def sinks(self) -> torch.Tensor | None:
+        """The sink logit of every head, if there is one."""
+        found = [self.data[mod.name] for mod in self.scores if isinstance(mod, SinkLogits)]
+        return found[0] if found else None
+
+    def find_dead(self, scores: torch.Tensor, dead: torch.Tensor | None) -> torch.Tensor | None:
+        """Rows without a live key: `dead` bool[rows] by the mask, or bool[..., rows] of the scores
+        where a bias may take pairs away."""
+        if not any(isinstance(mod, Bias) for mod in self.scores):
+            return dead
+        return (scores == -torch.inf).all(-1)
+
+    def modify(self, scores: torch.Tensor, p: torch.Tensor, keys: torch.Tensor,
+               first: tuple[int, int]) -> torch.Tensor:
+        """Scores [B, Hkv, group, rows, keys] modified; `first` is the batch entry and head they
+        start at."""
+        if not self.scores:
+            return scores
+        b, kv_heads, group = scores.shape[:3]
+        batch = torch.arange(first[0], first[0] + b, device=p.device).view(-1, 1, 1, 1, 1)
+        head = torch.arange(first[1], first[1] + kv_heads * group, device=p.device)
+        at = ScorePlace(batch, head.view(1, kv_heads, group, 1, 1), p[:, None], keys,
+                        self.shape.q_offset, self.heads)
+        return modify_scores(scores, self.scores, at, self.data)
 
 
 def attend_kind(kind: Kind, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Run,
@@ -157,16 +195,18 @@ def attend_kind(kind: Kind, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c
             rows = slice(row, min(row + step, last))
             p = torch.arange(rows.start, rows.stop, device=q.device) + shape.q_offset
             one = attend_listed if kind.listed else attend_rows
-            out, lse = one(kind.mask, grouped[:, :, :, rows], k, v, ranges, p, site, call.scale,
-                           call.with_lse)
+            out, lse = one(kind.mask, grouped[:, :, :, rows], k, v, ranges, p, site, call)
             outs.append(out)
             lses.append(lse)
     if not outs:
         return q.new_zeros(b, heads, 0, v.shape[3]), q.new_zeros(b, heads, 0).float()
     out = torch.cat(outs, 3).reshape(b, heads, shape.q_len, v.shape[3])
-    if not call.with_lse:
+    if not call.needs_lse:
         return out.to(q.dtype), out.new_empty(0)
-    return out.to(q.dtype), torch.cat(lses, 3).reshape(b, heads, shape.q_len)
+    lse = torch.cat(lses, 3).reshape(b, heads, shape.q_len)
+    if (sinks := call.sinks) is not None:
+        out, lse = add_sinks(out, lse, sinks[head:head + heads, None])
+    return out.to(q.dtype), lse
 
 
 def walk_tiles(plan: Plan, site: Site, shape: Shape,
@@ -201,8 +241,8 @@ def ranges_of(kinds: npt.NDArray[np.int8], block_n: int, kv_len: int) -> list[Ra
 
 
 def attend_rows(mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                ranges: list[Range], p: torch.Tensor, site: Site, scale: float,
-                with_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+                ranges: list[Range], p: torch.Tensor, site: Site,
+                call: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """Some query rows against their key ranges: one softmax over all of them.
 
     q [B, Hkv, group, rows, D], k and v [B, Hkv, L, D or Dv], p int64[rows] absolute positions.
@@ -214,38 +254,46 @@ def attend_rows(mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     if not ranges:
         lse = torch.full(q.shape[:-1], -torch.inf, dtype=wide, device=q.device)
         return q.new_zeros(*q.shape[:-1], v.shape[-1]), lse
-    folded = q.reshape(b, kv_heads, group * rows, dim).to(wide) * scale
+    folded = q.reshape(b, kv_heads, group * rows, dim).to(wide) * call.scale
     scores = folded @ take_ranges(k, ranges).to(wide).transpose(-1, -2)
     scores = scores.view(b, kv_heads, group, rows, -1)
-    dead = mask_scores(mask, scores, ranges, p, site)
-    lse = torch.logsumexp(scores, -1) if with_lse else scores.new_empty(0)
+    scores = call.modify(scores, p, keys_of(ranges, p), (site.batch, site.head))
+    dead = call.find_dead(scores, mask_scores(mask, scores, ranges, p, site))
+    lse = torch.logsumexp(scores, -1) if call.needs_lse else scores.new_empty(0)
     if dead is not None:
-        scores = scores.masked_fill(dead[:, None], 0.0)  # any finite row: softmax must not see NaN
+        # any finite row: softmax must not see NaN
+        scores = scores.masked_fill(dead[..., None], 0.0)
     weights = torch.softmax(scores, -1).view(b, kv_heads, group * rows, -1)
     out = (weights @ take_ranges(v, ranges).to(wide)).view(b, kv_heads, group, rows, -1)
-    return out if dead is None else out.masked_fill(dead[:, None], 0.0), lse
+    return out if dead is None else out.masked_fill(dead[..., None], 0.0), lse
 
 
 def attend_listed(mask: Mask, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                  ranges: list[Range], p: torch.Tensor, site: Site, scale: float,
-                  with_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+                  ranges: list[Range], p: torch.Tensor, site: Site,
+                  call: Run) -> tuple[torch.Tensor, torch.Tensor]:
     """As `attend_rows`, of one head, after picking the keys some row of the tile sees."""
-    keys = torch.cat([torch.arange(start, stop, device=p.device) for start, stop, _ in ranges]) \
-        if ranges else p.new_empty(0)
+    keys = keys_of(ranges, p)
     live = torch.as_tensor(mask.contains(p[:, None], keys[None, :], site), device=p.device)
     live = live.reshape(-1, *live.shape[-2:])[0] if live.dim() > 2 else live
     live = live.broadcast_to(len(p), len(keys))
     seen = live.any(0)
     keys, live = keys[seen], live[:, seen]
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (q.to(wide) * scale) @ k[:, :, keys].to(wide).transpose(-1, -2)[:, :, None]
-    scores = scores.masked_fill(~live, -torch.inf)
-    dead = ~live.any(-1)
-    lse = torch.logsumexp(scores, -1) if with_lse and len(keys) else torch.full(
+    scores = (q.to(wide) * call.scale) @ k[:, :, keys].to(wide).transpose(-1, -2)[:, :, None]
+    scores = call.modify(scores, p, keys, (site.batch, site.head)).masked_fill(~live, -torch.inf)
+    dead = call.find_dead(scores, ~live.any(-1))
+    assert dead is not None
+    lse = torch.logsumexp(scores, -1) if call.needs_lse and len(keys) else torch.full(
         scores.shape[:-1], -torch.inf, dtype=wide, device=q.device)
-    weights = torch.softmax(scores.masked_fill(dead[:, None], 0.0), -1)
+    weights = torch.softmax(scores.masked_fill(dead[..., None], 0.0), -1)
     out = weights @ v[:, :, keys].to(wide)[:, :, None]
-    return out.masked_fill(dead[:, None], 0.0), lse
+    return out.masked_fill(dead[..., None], 0.0), lse
+
+
+def keys_of(ranges: list[Range], like: torch.Tensor) -> torch.Tensor:
+    """The keys that the ranges name, int64[keys]."""
+    parts = [torch.arange(start, stop, device=like.device) for start, stop, _ in ranges]
+    return torch.cat(parts) if parts else like.new_empty(0)
 
 
 def take_ranges(t: torch.Tensor, ranges: list[Range]) -> torch.Tensor:

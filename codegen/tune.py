@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from maskdsl.errors import ResourceError
 
 # Live keys per row above which a mask is treated as dense. On an H100 64 query rows are faster for
 # about 2000 keys a row, 128 rows for 8000 (docs/benchmarks/sweep.md); the border lies between.
 DENSE_WIDTH = 4096
+
+# Bytes of shared memory that one program may use: CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability"; on AMD the LDS of a compute unit (CDNA 3 and 4 ISA guides)
+SHARED_BYTES = {
+    "sm_70": 98304, "sm_72": 98304, "sm_75": 65536, "sm_80": 166912, "sm_86": 101376,
+    "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_103": 232448,
+    "sm_120": 101376, "sm_121": 101376, "gfx950": 163840,
+}
+LEAST_SHARED = {"sm": 101376, "gfx": 65536}  # chips that are not in the table
+SLACK = 2048  # bytes: barriers, alignment, the few words of lists (at most 1200 were seen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +43,69 @@ class Config:
         return self
 
 
+def shared_limit(arch: str) -> int:
+    """Bytes of shared memory a program may use on a chip; where the chip is not known, those of
+    the smallest one known."""
+    return SHARED_BYTES.get(arch, LEAST_SHARED["gfx" if arch.startswith("gfx") else "sm"])
+
+
+def shared_bytes(config: Config, arch: str, head_dim: int, value_dim: int, item_size: int) -> int:
+    """An upper bound of the shared memory of the portable kernel, in bytes.
+
+    Read off kernels that Triton 3.6 compiled ahead of time (tests/kernel/test_ahead.py checks it):
+    wgmma and tcgen05 read queries and every stage of keys and values from shared memory, and so
+    does full float32; the older tensor cores, which sm_12x has too, take one stage into registers,
+    but scores pass through on their way to the second product; on AMD queries leave it again.
+    """
+    d, dv = power_of_two(head_dim), power_of_two(value_dim)
+    queries = config.block_m * max(d, dv) * item_size  # or the output, later, in the same place
+    keys, values = (config.block_n * dim * item_size for dim in (d, dv))
+    scores = config.block_m * config.block_n * item_size
+    older = config.stages - 1
+    if arch.startswith("gfx"):
+        return max(queries, max(older * (keys + values), keys, values) + scores) + SLACK
+    if item_size < 4 and (arch.startswith("sm_12") or int(arch[3:]) < 90):
+        return queries + max(older, 1) * (keys + values) + scores + SLACK
+    return queries + config.stages * (keys + values) + SLACK
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not smaller than n."""
+    return 1 << (n - 1).bit_length()
+
+
+def fits_chip(config: Config, arch: str, head_dim: int, value_dim: int, item_size: int) -> bool:
+    """Whether a config surely fits the chip's shared memory; the interpreter has no limit."""
+    return arch == "cpu" or \
+        shared_bytes(config, arch, head_dim, value_dim, item_size) <= shared_limit(arch)
+
+
+def fit_config(config: Config, arch: str, head_dim: int, value_dim: int, item_size: int) -> Config:
+    """The config, made smaller until it fits: stages down to two, then keys, then rows, then one
+    stage. 16 x 16 tiles of head dimension 256 in float32 fit every chip."""
+    while not fits_chip(config, arch, head_dim, value_dim, item_size):
+        if config.stages > 2:
+            config = replace(config, stages=config.stages - 1)
+        elif config.block_n > 32:
+            config = replace(config, block_n=config.block_n // 2)
+        elif config.block_m > 64:
+            config = replace(config, block_m=config.block_m // 2)
+        elif config.stages > 1:
+            config = replace(config, stages=1)
+        elif config.block_n > 16:
+            config = replace(config, block_n=config.block_n // 2)
+        elif config.block_m > 16:
+            config = replace(config, block_m=config.block_m // 2)
+        else:
+            raise ResourceError(f"head dimensions {head_dim}/{value_dim} on {arch}",
+                                "not even a tile of 16 x 16 fits its shared memory",
+                                "smaller head dimensions, or backend='torch'")
+    return config
+
+
 def pick_config(arch: str, head_dim: int, value_dim: int, item_size: int, width: float,
                 q_block: int = 0) -> Config:
-    """The config for one chip, head size and mask.
+    """The config for one chip, head size and mask; it fits the chip's shared memory.
 
     arch       "sm_80", "sm_90", "sm_100", "gfx942", ...; "cpu" for the interpreter
     item_size  bytes of an element
@@ -44,7 +114,12 @@ def pick_config(arch: str, head_dim: int, value_dim: int, item_size: int, width:
     """
     if arch == "cpu":
         return Config(32, 32, 4, 1)
-    size = max(head_dim, value_dim)
+    return fit_config(_pick(arch, max(head_dim, value_dim), item_size, width, q_block),
+                      arch, head_dim, value_dim, item_size)
+
+
+def _pick(arch: str, size: int, item_size: int, width: float, q_block: int) -> Config:
+    """What is fastest as far as known, for the larger head dimension `size`."""
     if arch.startswith("gfx"):
         return _pick_amd(size, item_size)
     if item_size == 4:

@@ -27,6 +27,8 @@ from maskdsl.dense import dense, dense_attention
 from maskdsl.dynamic import Blocks, Columns, Document, Prefix, TokenTopK, VerticalSlash
 from maskdsl.errors import MaskDSLError
 from maskdsl.expr import Mask, from_json
+from maskdsl.flex import FlexMask, from_block_mask
+from maskdsl.flex_call import flex_attention
 from maskdsl.heads import PerHead
 from maskdsl.indices import (
     BlockIndices,
@@ -42,6 +44,8 @@ from maskdsl.parse import parse
 from maskdsl.periodic import BlockDiagonal, Dilated, RandomBlocks, Slash, Stride, Vertical
 from maskdsl.plot import plot_mask, save_picture
 from maskdsl.plot_grid import plot_masks, plot_sparsity
+from maskdsl.reading import from_mask_mod
+from maskdsl.scores import ALiBi, Bias, RelativePosition, SinkLogits, Softcap
 from maskdsl.shape import Shape
 from maskdsl.simplify import simplify
 from maskdsl.study import study
@@ -52,12 +56,13 @@ from maskdsl.where import Where
 __version__ = VERSION
 
 __all__ = [
-    "Attention", "Band", "BlockDiagonal", "BlockIndices", "Blocks", "Causal", "Chunk",
-    "ColumnIndices", "Columns", "Diagonal", "Dilated", "Document", "Documents", "Empty", "FirstQ",
-    "Full", "KeyRange", "LastQ", "Layer", "Layers", "ListSizes", "Mask", "MaskDSLError", "PerHead",
-    "Prefix", "PrefixLM", "PrefixLengths", "QueryRange", "RandomBlocks", "Shape", "Sink", "Slash",
-    "Stride", "Study", "TokenIndices", "TokenTopK", "VSIndices", "Vertical", "VerticalSlash",
-    "Where", "Window", "capture", "compile", "compile_layers", "dense", "dense_attention", "errors",
-    "explain", "from_json", "parse", "plot_mask", "plot_masks", "plot_sparsity", "save_picture",
-    "simplify", "study",
+    "ALiBi", "Attention", "Band", "Bias", "BlockDiagonal", "BlockIndices", "Blocks", "Causal",
+    "Chunk", "ColumnIndices", "Columns", "Diagonal", "Dilated", "Document", "Documents", "Empty",
+    "FirstQ", "FlexMask", "Full", "KeyRange", "LastQ", "Layer", "Layers", "ListSizes", "Mask",
+    "MaskDSLError", "PerHead", "Prefix", "PrefixLM", "PrefixLengths", "QueryRange", "RandomBlocks",
+    "RelativePosition", "Shape", "Sink", "SinkLogits", "Slash", "Softcap", "Stride", "Study",
+    "TokenIndices", "TokenTopK", "VSIndices", "Vertical", "VerticalSlash", "Where", "Window",
+    "capture", "compile", "compile_layers", "dense", "dense_attention", "errors", "explain",
+    "flex_attention", "from_block_mask", "from_json", "from_mask_mod", "parse", "plot_mask",
+    "plot_masks", "plot_sparsity", "save_picture", "simplify", "study",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 
+from maskdsl import ops
 from maskdsl.atoms import Causal
 from maskdsl.binding import CallSize, check_names, check_slots, describe, wrap
 from maskdsl.dynamic import SlotMask
@@ -23,24 +25,31 @@ from maskdsl.inputs import (
     check_scale,
     check_tensors,
 )
+from maskdsl.scores import ScoreMod, check_score_data, check_scores
 from maskdsl.shape import Shape
 from maskdsl.simplify import simplify
 
 if TYPE_CHECKING:
+    from maskdsl.codegen.autotune import Autotuned
+    from maskdsl.codegen.choices import Tuned
     from maskdsl.codegen.explain import Explanation
     from maskdsl.codegen.kernel import TritonForward
     from maskdsl.codegen.plan import Plan
     from maskdsl.codegen.torch_backend import TorchForward
     from maskdsl.explaining import Compiled
 
+Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 BACKENDS = ("hopper", "triton", "torch")
+ANY_AUTOCAST = torch._C._is_any_autocast_enabled  # a quarter of the cost of asking for one device
 READY_LIMIT = 4096  # kinds of calls remembered
 HEAD_DIM = 128  # what `.plan` and `.source` show before the first call
 
 
 def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
             layout: str = "bhld", scale: float | None = None,
-            tile: tuple[int, int] | None = None) -> Attention:
+            tile: tuple[int, int] | None = None,
+            scores: ScoreMod | Iterable[ScoreMod] | None = None,
+            autotune: bool = False) -> Attention:
     """A callable that computes attention under `mask`, specialised for it.
 
     mask     the allowed (query, key) pairs
@@ -54,33 +63,66 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     layout   "bhld" for [B, H, L, D] tensors, "blhd" for [B, L, H, D]
     scale    softmax scale; default D ** -0.5
     tile     (queries, keys) per tile of the Triton kernel; default: tuned, see `.explain()`
+    autotune True times the kernels' settings on the first call of each kind (seconds to minutes),
+             and keeps the fastest on disk; `.tuned` tells. Needs a GPU, and no `tile`. A kind that
+             is new under CUDA graph capture is a BackendError.
 
-    Errors: MaskTypeError, BackendError, LayoutError, ScaleError, ResourceError.
+    scores   score modifiers, applied in order: `Softcap`, `ALiBi`, `Bias`, `RelativePosition`,
+             `SinkLogits`; the data of those that take some is given at the call, by name
+
+    Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError.
     """
     if not isinstance(mask, Mask):
         raise MaskTypeError(f"compile({mask!r})", f"a {type(mask).__name__}, which is not a mask",
                             "an expression such as Sink(4) | Window(2048), or Where(fn)")
     written = Causal() & mask if causal else mask
     whole = simplify(written)
-    made = Attention(whole, pick_backend(backend, whole, tile), check_layout(layout), scale, tile,
-                     check_names(mask), strict=backend is not None)
+    slots = check_names(mask)
+    mods = check_scores(scores, slots)
+    chosen = pick_backend(backend, whole, tile, bool(mods))
+    if autotune:
+        check_autotune(chosen, tile, bool(mods))
+    made = Attention(whole, chosen, check_layout(layout), scale, tile, slots, mods,
+                     strict=backend is not None, autotune=autotune)
     made.written = written
     return made
 
 
-def pick_backend(backend: str | None, mask: Mask, tile: object = None) -> str:
-    """The backend asked for, or the one for this machine and mask."""
+def pick_backend(backend: str | None, mask: Mask, tile: object = None,
+                 scores: bool = False) -> str:
+    """The backend asked for, or the one for this machine, mask, tile and modifiers of scores."""
     if backend is None:
         if not torch.cuda.is_available():
             return "torch"
         from maskdsl.codegen.hopper import is_hopper
         from maskdsl.codegen.hopper_cut import refuse_mask
 
-        return "hopper" if is_hopper() and tile is None and not refuse_mask(mask) else "triton"
+        plain = tile is None and not scores
+        return "hopper" if plain and is_hopper() and not refuse_mask(mask) else "triton"
     if backend not in BACKENDS:
         raise BackendError(f"backend={backend!r}", "unknown backend",
                            " or ".join(f"backend={name!r}" for name in BACKENDS))
     return backend
+
+
+def check_autotune(backend: str, tile: object, scores: bool) -> None:
+    """A BackendError where there is nothing to time."""
+    if scores:
+        raise BackendError("autotune=True with scores=...", "kernels that modify scores have no "
+                           "candidates yet", "leave autotune out")
+    if tile is not None:
+        raise BackendError(f"autotune=True with tile={tile!r}", "autotune chooses the tile",
+                           "one of the two")
+    if backend == "torch":
+        raise BackendError("autotune=True with backend='torch'",
+                           "only the kernels for GPUs have settings to choose from",
+                           "leave autotune out, or backend='triton' where there is a GPU")
+    from maskdsl.codegen.kernel import interpreting
+
+    if interpreting():
+        raise BackendError("autotune=True with TRITON_INTERPRET=1",
+                           "times in the interpreter say nothing of a GPU",
+                           "leave autotune out, or run without TRITON_INTERPRET")
 
 
 class Attention:
@@ -89,11 +131,14 @@ class Attention:
     written: Mask | None = None  # before simplification, for `explain`
 
     def __init__(self, mask: Mask, backend: str, layout: str, scale: float | None,
-                 tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = (), *,
-                 strict: bool = True) -> None:
+                 tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = (),
+                 scores: tuple[ScoreMod, ...] = (), *, strict: bool = True,
+                 autotune: bool = False) -> None:
         self.mask = mask
         self.slots = slots  # as the user wrote them: simplification may drop one
         self._used = check_names(mask)
+        self.scores = scores
+        self._score_names = tuple(mod.name for mod in scores if mod.name)
         self.backend = backend
         self.strict = strict  # the backend was asked for by name
         self.layout = layout
@@ -103,7 +148,15 @@ class Attention:
         self.heads = count_heads(mask)
         self._tile = tile
         self._ready: dict[Any, Any] = {}  # what a call looks like -> how to run it
-        _ = self._forward  # what cannot be compiled fails now, not at the first call
+        self._key = ops.register(self, mask, {"backend": backend, "strict": strict,
+                                              "layout": layout, "scale": scale,
+                                              "tile": tile, "autotune": autotune}, scores)
+        forward: Any = self._forward  # what cannot be compiled fails now, not at the first call
+        self._autotuned: Autotuned | None = None
+        if autotune:
+            from maskdsl.codegen.autotune import Autotuned
+
+            self._autotuned = Autotuned(forward)
 
     @cached_property
     def _forward(self) -> TritonForward | TorchForward:
@@ -114,13 +167,13 @@ class Attention:
                 raise BackendError(f"tile={self._tile!r} with backend='torch'",
                                    "only the Triton kernel has a choice of tile",
                                    "leave tile out, or backend='triton'")
-            return TorchForward(self.mask)
+            return TorchForward(self.mask, self.scores)
         from maskdsl.codegen.kernel import TritonForward
         from maskdsl.codegen.tune import config_for_tile
 
         hopper = self.backend == "hopper"
         return TritonForward(self.mask, config_for_tile(self._tile) if self._tile else None,
-                             hopper=hopper, must=hopper and self.strict)
+                             scores=self.scores, hopper=hopper, must=hopper and self.strict)
 
     def refusal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
         """Why the Hopper kernel does not take such a call, so that the portable one runs it (or,
@@ -152,7 +205,7 @@ class Attention:
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
                  scale: float | None = None, q_offset: int | None = None,
                  total_len: int | None = None, return_lse: bool = False,
-                 **slots: object) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+                 **slots: object) -> Result:
         """softmax(scale * q k^T restricted to the mask) v.
 
         q          [B, Hq, Lq, D]; float16, bfloat16 or float32; D in 16..256
@@ -163,7 +216,8 @@ class Attention:
         q_offset   absolute position of query row 0, in tokens; default Lk - Lq
         total_len  length of the whole prompt in tokens; default Lk. Chunked prefill needs it for
                    masks that count from the end (`LastQ`).
-        slots      data for every slot of the mask, by name: `vs=VSIndices(...)`
+        slots      data for every slot of the mask and for score modifiers, by name:
+                   `vs=VSIndices(...)`
 
         Returns the output, of q's dtype and layout with last dimension Dv; with return_lse=True
         also the log-sum-exp, float32 [B, Hq, Lq], natural logarithm. A row without a live key
@@ -171,6 +225,14 @@ class Attention:
         UnknownSlotError, MissingSlotError, SlotDataError, GradientError, all before anything is
         launched.
         """
+        if torch.compiler.is_compiling() or ANY_AUTOCAST():
+            return self._call_traced(q, k, v, scale, q_offset, total_len, return_lse, slots)
+        return self._call_eager(q, k, v, scale, q_offset, total_len, return_lse, slots)
+
+    def _call_eager(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                    scale: float | None, q_offset: int | None, total_len: int | None,
+                    return_lse: bool, slots: dict[str, Any]) -> Result:
+        """Find how calls that look like this one are run, and run it."""
         try:
             key = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype,
                    v.dtype, q.device, k.device, v.device, (k.data_ptr() | v.data_ptr()) % 16,
@@ -181,15 +243,45 @@ class Attention:
             check_ranks(q, k, v, self.layout)  # says what is no tensor
             raise
         if self.backend != "torch":
-            check_gradients(q, k, v)
+            check_gradients(q, k, v, *(slots.get(name) for name in self._score_names))
         if call is None:
             call = self._prepare(q, k, v, scale, q_offset, total_len, return_lse, slots)
             if len(self._ready) >= READY_LIMIT:
                 self._ready.clear()
             self._ready[key] = call
-        data = {atom.slot: wrap(atom, slots[atom.slot]) for atom in self._used}
-        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = call(q, k, v, data)
+        data = self._data_of(slots) if slots else {}
+        result: Result = call(q, k, v, data)
         return result
+
+    def _data_of(self, slots: dict[str, Any]) -> dict[str, Any]:
+        """The data a backend takes, by name."""
+        data = {atom.slot: wrap(atom, slots[atom.slot]) for atom in self._used}
+        for name in self._score_names:
+            data[name] = slots[name]
+        return data
+
+    def prepare_call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
+                     q_offset: int | None, total_len: int | None, return_lse: bool,
+                     slots: dict[str, object]) -> Callable[..., Any]:
+        """A checked call, as a function of (q, k, v, slots) of the same sizes."""
+        call = self._prepare(q, k, v, scale, q_offset, total_len, return_lse, slots)
+        return lambda q, k, v, slots: call(q, k, v, self._data_of(slots))
+
+    def _call_traced(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                     scale: float | None, q_offset: int | None, total_len: int | None,
+                     return_lse: bool, slots: dict[str, Any]) -> Result:
+        """A call inside a graph or under autocast, which casts q, k and v as it does for SDPA."""
+        if torch.is_autocast_enabled(q.device.type):
+            dtype = torch.get_autocast_dtype(q.device.type)
+            q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+        if not torch.compiler.is_compiling():
+            with torch.autocast(q.device.type, enabled=False):
+                return self._call_eager(q, k, v, scale, q_offset, total_len, return_lse, slots)
+        tensors, parts = ops.take_apart(slots)
+        check_ranks(q, k, v, self.layout)
+        out, lse = ops.attention(q, k, v, tensors, self._key, parts, scale, q_offset, total_len,
+                                 return_lse)
+        return (out, lse) if return_lse else out
 
     def _prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
                  q_offset: int | None, total_len: int | None, return_lse: bool,
@@ -203,17 +295,35 @@ class Attention:
         check_limit(self.limit, shape, self.mask)
         check_heads(self.heads, q.shape[1])
         size = CallSize(q.shape[0], q.shape[1], k.shape[1], q.device)
-        check_slots(self.slots, slots, size, shape)
+        masks = {name: data for name, data in slots.items() if name not in self._score_names}
+        data = check_slots(self.slots, masks, size, shape, self._score_names)
+        check_score_data(self.scores, slots, q.shape[0], q.shape[1], shape, q.device)
         number = check_scale(self.scale if scale is None else scale, q.shape[3])
+        if self._autotuned is not None:
+            return self._autotuned.prepare(q, k, v, shape, number, self.layout, return_lse, data)
         return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)
+
+    @property
+    def tuned(self) -> tuple[Tuned, ...]:
+        """What `autotune=True` chose so far, each kind of call once: its `.setting`, the `.times`
+        of all candidates in milliseconds, what `.failed`, and its `.source`. () without autotune.
+        `plan`, `source` and `explain` are those of the default setting."""
+        return () if self._autotuned is None else tuple(self._autotuned.choices.values())
 
     @property
     def plan(self) -> Plan:
         """The plan of the kernel for bfloat16 and head dimension 128 (or of the torch backend); of
-        `PerHead` that of one kind of head (the costliest, on a GPU)."""
+        `PerHead` that of one kind of head (the costliest, on a GPU); of the Hopper kernel that for
+        four query heads a key/value head."""
+        forward: Any = self._forward
+        plan: Plan
         if self.backend == "torch":
-            return self._forward.plan  # type: ignore[union-attr]
-        return self._forward.default_plans(HEAD_DIM)[0]  # type: ignore[union-attr]
+            plan = forward.plan
+        elif self.backend == "hopper":
+            plan = forward.hopper.default_plan(HEAD_DIM)
+        else:
+            plan = forward.default_plans(HEAD_DIM)[0]
+        return plan
 
     @property
     def source(self) -> str:
@@ -222,6 +332,10 @@ class Attention:
 
         if self.backend == "torch":
             return emit_source(self.plan)
+        if self.backend == "hopper":
+            from maskdsl.codegen.emit_hopper import emit_hopper
+
+            return emit_hopper(self.plan)
         forward: Any = self._forward
         heads = tuple(len(heads) for heads, _ in forward.kinds if heads)
         return emit_kernels(forward.default_plans(HEAD_DIM), heads)
@@ -269,3 +383,6 @@ def explain(mask: Mask, q_len: int, kv_len: int | None = None, *, causal: bool =
     394
     """
     return compile(mask, causal=causal, backend=backend).explain(q_len, kv_len, **options)
+
+
+ops.set_builder(Attention)

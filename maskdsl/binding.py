@@ -46,9 +46,13 @@ def check_names(mask: Mask) -> tuple[SlotMask, ...]:
 
 
 def check_slots(atoms: tuple[SlotMask, ...], given: Mapping[str, object],
-                size: CallSize | None, shape: Shape) -> dict[str, Any]:
-    """Every slot's data, checked; size None leaves batch, heads and device unchecked."""
-    known = tuple(atom.slot for atom in atoms)
+                size: CallSize | None, shape: Shape,
+                more: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Every slot's data, checked; size None leaves batch, heads and device unchecked.
+
+    more  names of other data the call takes
+    """
+    known = (*(atom.slot for atom in atoms), *more)
     for name in given:
         if name not in known:
             has = f"its slots are {', '.join(known)}" if known else "it has no slots"
@@ -156,7 +160,7 @@ class Bound:
 
     def member(self, p: Tensor, k: Tensor, batch: Any, head: Any, heads: int) -> Tensor:
         """bool, broadcast over all arguments: whether the pair is listed."""
-        b, h = self._lead(batch, head, heads)
+        b, h = self.lead_of(batch, head, heads)
         live = torch.zeros((), dtype=torch.bool, device=k.device)
         if self.vertical is not None and self.vertical.shape[-1]:
             live = live | _look(self.vertical, b, h, k)
@@ -169,7 +173,8 @@ class Bound:
             live = live | self.table[b, h, row, k // kv_block]
         return live
 
-    def _lead(self, batch: Any, head: Any, heads: int) -> tuple[Any, Any]:
+    def lead_of(self, batch: Any, head: Any, heads: int) -> tuple[Any, Any]:
+        """Which batch entry and head of the data belong to those of the call."""
         batches, kinds = self.data.lead
         return (batch if batches > 1 else batch * 0), (head // (heads // kinds) if kinds > 1 else
                                                        head * 0)

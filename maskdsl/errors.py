@@ -95,12 +95,24 @@ class SlotDataError(MaskDSLError, ValueError):
     """Call-time data of the wrong kind, shape, dtype or device, or one name for two slots."""
 
 
+class ScoreModError(MaskDSLError, TypeError):
+    """A score modifier with bad arguments, or a function where a named modifier is needed."""
+
+
+class ScoreDataError(MaskDSLError, ValueError):
+    """Call-time data of a score modifier of the wrong kind, shape, dtype or device."""
+
+
 class GradientError(MaskDSLError, RuntimeError):
     """An input requires a gradient and this backend has no backward pass."""
 
 
 class BackendError(MaskDSLError, RuntimeError):
     """The backend asked for does not exist or cannot run here."""
+
+
+class IntegrationError(MaskDSLError, ValueError):
+    """Another library's model or call asks for something that is not supported."""
 
 
 class ResourceError(MaskDSLError, RuntimeError):

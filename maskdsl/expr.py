@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeVar
 
@@ -137,6 +137,27 @@ class Mask:
 
         return write_page(self, path, q_len, kv_len, **options)
 
+    def mask_mod(self, q_len: int | None = None, kv_len: int | None = None, **options: Any) -> Any:
+        """This set as a FlexAttention `mask_mod(b, h, q_idx, kv_idx)`, as it stands: nothing is
+        made causal. Picklable, for any expression.
+
+        q_len, kv_len  needed by masks that ask how long the call is (`LastQ`, slots); kv_len
+                       defaults to q_len
+        options        q_offset, total_len: as in a call; heads: query heads of the call; slots:
+                       the data of every slot, by name
+        """
+        return EXPORTS["mask_mod"](self, q_len, kv_len, **options)
+
+    def block_mask(self, q_len: int, kv_len: int | None = None, **options: Any) -> Any:
+        """This set as a FlexAttention `BlockMask`, as it stands, built without evaluating pairs.
+
+        q_len, kv_len  tokens; kv_len defaults to q_len
+        options        batch, heads, device, compute_q_blocks, BLOCK_SIZE (128, or a pair (query
+                       rows, keys); FlashAttention 4 on Blackwell wants (256, 128)); q_offset,
+                       total_len, slots as for `mask_mod`
+        """
+        return EXPORTS["block_mask"](self, q_len, kv_len, **options)
+
 
 def _need_mask(left: Mask, operator: str, right: object) -> Mask:
     if not isinstance(right, Mask):
@@ -222,6 +243,7 @@ def operands(mask: Mask) -> tuple[Mask, ...]:
 # --- text ------------------------------------------------------------------------------------
 
 ATOMS: dict[str, type[Mask]] = {}  # every atom by name; `atom` fills it
+EXPORTS: dict[str, Callable[..., Any]] = {}  # what `maskdsl.flex` makes of a mask: it lies above
 
 Atom = TypeVar("Atom", bound=Mask)
 

@@ -126,9 +126,10 @@ def check_heads(wanted: int | None, heads: int) -> None:
                              f"{wanted} query heads, or a list of {heads} masks")
 
 
-def check_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def check_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: object) -> None:
     """No input wants a gradient (asked by backends without a backward pass)."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or any(
+            isinstance(t, torch.Tensor) and t.requires_grad for t in more)):
         raise GradientError("inputs with requires_grad=True and backend='triton'",
                             "the Triton backend has no backward pass yet",
                             "torch.no_grad() around the call, tensor.detach(), or "

@@ -154,6 +154,12 @@ class TracedBool(_Traced):
     def __or__(self, other: Any) -> TracedBool:
         return TracedBool(disjoin(self.condition, condition_of(other)))
 
+    device = None  # for functions of transformers: mask(...).to(result.device)
+
+    def to(self, *where: Any) -> TracedBool:
+        """Itself."""
+        return self
+
     def __xor__(self, other: Any) -> TracedBool:
         a, b = self.condition, condition_of(other)
         return TracedBool(disjoin(conjoin(a, negate(b)), conjoin(negate(a), b)))
@@ -205,6 +211,23 @@ class TracedInt(_Traced):
     def __abs__(self) -> TracedInt:
         return TracedInt(sympy.Max(self.value, -self.value))
 
+    abs = __abs__
+
+    def clamp(self, min: Any = None, max: Any = None) -> TracedInt:
+        """The value, no less than `min` and no more than `max`, as a tensor's method."""
+        low = self.value if min is None else sympy.Max(self.value, value_of(min))
+        return TracedInt(low if max is None else sympy.Min(low, value_of(max)))
+
+    device = None  # noop_mask asks for it, and hands it to new_ones
+
+    def new_ones(self, *size: Any, **options: Any) -> TracedBool:
+        """True: how FlexAttention's and_masks and noop_mask start."""
+        return TracedBool(TRUE)
+
+    def new_zeros(self, *size: Any, **options: Any) -> TracedBool:
+        """False: how FlexAttention's or_masks starts."""
+        return TracedBool(FALSE)
+
     __radd__, __rmul__ = __add__, __mul__
 
     def __ge__(self, other: Any) -> TracedBool:
@@ -247,7 +270,8 @@ def condition_of(x: Any) -> Condition:
     """The condition behind a bool or a traced condition."""
     if isinstance(x, TracedBool):
         return x.condition
-    if isinstance(x, bool) or type(x).__name__ in ("bool", "bool_"):
+    if isinstance(x, bool) or type(x).__name__ in ("bool", "bool_") or \
+            (str(getattr(x, "dtype", "")) == "torch.bool" and x.ndim == 0):
         return TRUE if x else FALSE
     raise TraceError(f"a mask_mod that gives {type(x).__name__}",
                      "a mask is a condition on (b, h, q, k)", "lambda b, h, q, k: q >= k")
@@ -279,6 +303,10 @@ TORCH_RULES: dict[str, Callable[..., Any]] = {
     "minimum": lambda a, b: TracedInt(sympy.Min(value_of(a), value_of(b))),
     "maximum": lambda a, b: TracedInt(sympy.Max(value_of(a), value_of(b))),
     "abs": lambda a: abs(TracedInt(value_of(a))),
+    "clamp": lambda a, low=None, high=None: TracedInt(value_of(a)).clamp(low, high),
+    "__and__": lambda a, b: TracedBool(condition_of(a)) & b,
+    "__or__": lambda a, b: TracedBool(condition_of(a)) | b,
+    "__xor__": lambda a, b: TracedBool(condition_of(a)) ^ b,
     "eq": lambda a, b: TracedInt(value_of(a)) == b,
     "ne": lambda a, b: TracedInt(value_of(a)) != b,
     "lt": lambda a, b: TracedInt(value_of(a)) < b,

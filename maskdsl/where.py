@@ -29,24 +29,27 @@ class Where(Mask):
     ·#·
     """
 
-    mask_mod: MaskMod
+    fn: MaskMod
 
     def __post_init__(self) -> None:
-        if not callable(self.mask_mod):
-            raise AtomArgumentError(f"Where({self.mask_mod!r})", "not a function",
+        if not callable(self.fn):
+            raise AtomArgumentError(f"Where({self.fn!r})", "not a function",
                                     "Where(lambda b, h, q, k: q >= k)")
         try:
-            inspect.signature(self.mask_mod).bind(0, 0, 0, 0)
+            inspect.signature(self.fn).bind(0, 0, 0, 0)
         except TypeError as error:
-            raise AtomArgumentError(f"Where({self.mask_mod!r})",
+            raise AtomArgumentError(f"Where({self.fn!r})",
                                     f"it cannot be called with (b, h, q, k): {error}",
                                     "Where(lambda b, h, q, k: q >= k)") from error
         except ValueError:  # a builtin without a signature: let the call tell
             pass
 
     def contains(self, p: Index, k: Index, at: Place) -> Bool:
+        b, h = getattr(at, "batch", 0), getattr(at, "head", 0)
+        if hasattr(p, "new_tensor"):  # functions ask a tensor's methods of all four
+            b, h = (p.new_tensor(x) if isinstance(x, int) else x for x in (b, h))
         try:
-            return self.mask_mod(getattr(at, "batch", 0), getattr(at, "head", 0), p, k)
+            return self.fn(b, h, p, k)
         except RuntimeError as error:
             if "Boolean value of Tensor" not in str(error):
                 raise
@@ -55,10 +58,10 @@ class Where(Mask):
                              "`&`, `|`, `~` and torch.where") from error
 
     def __repr__(self) -> str:
-        fn = self.mask_mod
+        fn = self.fn
         return f"Where({getattr(fn, '__qualname__', type(fn).__name__)})"
 
     @property
     def key(self) -> str:
         """Unlike an atom's, tied to this very function: two lambdas may share a name."""
-        return f"{self!r}@{id(self.mask_mod):x}"
+        return f"{self!r}@{id(self.fn):x}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,28 @@ from triton.compiler import ASTSource
 from maskdsl.atoms import Causal
 from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit import emit_kernels, emit_lister, merge_lists
+from maskdsl.codegen.emit_scores import score_parameters
 from maskdsl.codegen.kernel import kernel_constants
 from maskdsl.codegen.lists import group_heads, parameters
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan, mean_row_width
 from maskdsl.codegen.tune import Config, pick_config
 from maskdsl.expr import Mask
+from maskdsl.scores import ScoreMod
 from maskdsl.simplify import simplify
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes
+SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448,
+                "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}  # bytes
+COPIES_TILES = ("sm_90", "sm_100", "sm_120")  # chips with TMA
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -46,15 +53,18 @@ class Compiled:
 
 
 def compile_for(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int = 0, *,
-                causal: bool = True, config: Config | None = None) -> Compiled:
-    """Compile the forward kernel of a mask in its default config for one chip."""
+                causal: bool = True, config: Config | None = None,
+                scores: tuple[ScoreMod, ...] = (), tma: bool = True) -> Compiled:
+    """Compile the forward kernel of a mask for one chip, in its default config or another;
+    tma=False: as for tensors whose tiles the hardware cannot copy."""
     value_dim = value_dim or head_dim
     whole = simplify(Causal() & mask if causal else mask)
     config = config or pick_config(chip, head_dim, value_dim, dtype.itemsize, mean_row_width(whole))
-    plans = [make_plan(one, config.block_m, config.block_n) for _, one in group_heads(whole)]
+    plans = [replace(make_plan(one, config.block_m, config.block_n), scores=scores)
+             for _, one in group_heads(whole)]
     heads = tuple(len(heads) for heads, _ in group_heads(whole) if heads)
     forward = load_module(emit_kernels(tuple(plans), heads)).forward
-    use_tma = chip in ("sm_90", "sm_100")
+    use_tma = tma and chip in COPIES_TILES
     constants = kernel_constants(config, dtype, head_dim, value_dim, 16, use_tma, True)
     source = ASTSource(forward, *signature_of(forward, dtype, constants, pointers_of(plans)))
     kernel = triton.compile(source, target=TARGETS[chip],
@@ -66,7 +76,8 @@ def compile_for(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_
 
 def pointers_of(plans: list[Plan]) -> set[str]:
     """The arguments that point to call-time data."""
-    return {p.name for p in parameters(merge_lists(tuple(plans))) if p.is_pointer} | {"head_order"}
+    found = [*parameters(merge_lists(tuple(plans))), *score_parameters(plans[0].scores)]
+    return {p.name for p in found if p.is_pointer} | {"head_order"}
 
 
 def compile_lister(chip: str, mask: Mask, config: Config) -> Compiled:
@@ -87,7 +98,7 @@ def signature_of(forward: Any, dtype: torch.dtype, constants: dict[str, Any],
     name = NAMES[dtype]
     types = {"q_ptr": f"*{name}", "k_base": f"*{name}", "v_base": f"*{name}",
              "out_ptr": f"*{name}", "lse_ptr": "*fp32", "scale": "fp32"}
-    types |= dict.fromkeys(pointers, "*i32")
+    types |= {p: "*fp32" if p.startswith("score") else "*i32" for p in pointers}
     types |= {"union_key_rows": f"*{name}", "union_value_rows": f"*{name}"}
     if constants.get("USE_TMA"):
         for arg, block in (("k_base", "QK_BLOCK"), ("v_base", "V_BLOCK")):
@@ -113,10 +124,65 @@ def count_spills(chip: str, text: str, serial: bool = False) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(text)
-        suffix = "a" if chip in ("sm_90", "sm_100") else ""
-        knob = knobs.nvidia.ptxas_blackwell if chip == "sm_100" else knobs.nvidia.ptxas
+        suffix = "a" if chip in COPIES_TILES else ""
+        knob = knobs.nvidia.ptxas_blackwell if chip in ("sm_100", "sm_120") else knobs.nvidia.ptxas
         command = [knob.path, "-v", f"--gpu-name={chip}{suffix}", str(path), "-o",
                    str(Path(folder) / "out")]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert serial or "C75" not in run.stderr, run.stderr  # "wgmma serialized" and its kin
     return sum(map(int, re.findall(r"(\d+) bytes spill", run.stderr)))
+
+
+def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, group: int,
+                   *, causal: bool = True) -> tuple[Compiled, list[list[str]]]:
+    """Compile the Hopper kernel of a mask for `group` query heads a key/value head; also the
+    machine instructions of its loops (`loops_of`)."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from maskdsl.codegen.hopper import HopperForward, blocks_of, constants_of, pick_hopper
+
+    whole = simplify(Causal() & mask if causal else mask)
+    config = pick_hopper(whole, group, head_dim)
+    _, forward = HopperForward(whole).kernel(config)
+    element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    constants = constants_of(config, with_lse=True)
+    blocks = dict(zip((name for name in forward.arg_names if name.endswith("desc")),
+                      blocks_of(config, head_dim, value_dim), strict=True))
+    signature, places, attributes = {}, {}, {}
+    for i, arg in enumerate(forward.arg_names):
+        if arg in blocks:
+            layout = gl.NVMMASharedLayout.get_default_for(list(blocks[arg]), element)
+            signature[arg] = f"tensordesc<{NAMES[dtype]}{list(blocks[arg])},{layout!r}>"
+        elif arg in constants:
+            signature[arg], places[(i,)] = "constexpr", constants[arg]
+        elif arg.endswith("_ptr") or arg == "queue":
+            signature[arg] = "*i32" if arg == "queue" else "*fp32"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[arg] = "fp32" if arg == "scale" else "i32"
+    options = {name: constants[name] for name in ("num_warps", "maxnreg")}
+    kernel = triton.compile(GluonASTSource(forward, signature, places, attributes),
+                            target=TARGETS["sm_90"], options=options)
+    text = kernel.asm["ptx"]
+    return (Compiled(kernel.metadata.shared, count_spills("sm_90", text), text),
+            loops_of(kernel.asm["cubin"]))
+
+
+def loops_of(cubin: bytes) -> list[list[str]]:
+    """The innermost loops with tensor core products, each a list of opcodes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        run = subprocess.run([knobs.nvidia.cuobjdump.path, "-sass", str(path)],
+                             capture_output=True, text=True, check=True)
+    found = [(int(at, 16), text) for at, text in
+             re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\d+ +)?([^;]+);", run.stdout)]
+    loops = []
+    for at, text in found:
+        back = re.search(r"^BRA.*0x([0-9a-f]+)", text)
+        if back and int(back[1], 16) < at:
+            body = [op.split()[0] for place, op in found if int(back[1], 16) <= place <= at]
+            if sum(op.startswith("HGMMA") for op in body) in range(1, 33):
+                loops.append(body)
+    return loops

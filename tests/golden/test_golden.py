@@ -23,6 +23,8 @@ from maskdsl import (
     simplify,
 )
 from maskdsl.codegen.emit import emit_source
+from maskdsl.codegen.emit_hopper import emit_hopper
+from maskdsl.codegen.hopper import GRAIN, TILE
 from maskdsl.codegen.planner import make_plan
 from maskdsl.patterns import longformer
 
@@ -38,13 +40,14 @@ KERNELS: dict[str, tuple[Mask, int, int]] = {
     "dense": (Full(), 128, 64),
     "empty": (Empty(), 64, 64),
 }
+HOPPER: dict[str, Mask] = {
+    "hopper_triangle": Causal() & (Sink(4) | Window(2048) | LastQ(64)),
+    "hopper_per_head": Causal() & Where(lambda b, h, q, k: q - k < 128 * (h + 1)),
+}
 FOLDER = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_emitted_kernel(name: str, update_golden: bool) -> None:
-    mask, block_m, block_n = KERNELS[name]
-    source = emit_source(make_plan(simplify(mask), block_m, block_n))
+def compare(name: str, source: str, update_golden: bool) -> None:
     ast.parse(source)
     path = FOLDER / f"{name}.txt"
     if update_golden:
@@ -52,8 +55,19 @@ def test_emitted_kernel(name: str, update_golden: bool) -> None:
     assert source == path.read_text(), "the emitted kernel changed: read `make golden`'s diff"
 
 
+@pytest.mark.parametrize("name", HOPPER)
+def test_emitted_hopper_kernel(name: str, update_golden: bool) -> None:
+    compare(name, emit_hopper(make_plan(simplify(HOPPER[name]), 32, GRAIN, TILE)), update_golden)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_emitted_kernel(name: str, update_golden: bool) -> None:
+    mask, block_m, block_n = KERNELS[name]
+    compare(name, emit_source(make_plan(simplify(mask), block_m, block_n)), update_golden)
+
+
 def test_no_golden_file_is_left_over() -> None:
-    assert {path.stem for path in FOLDER.glob("*.txt")} == set(KERNELS)
+    assert {path.stem for path in FOLDER.glob("*.txt")} == {*KERNELS, *HOPPER}
 
 
 def test_full_loops_carry_no_mask() -> None:

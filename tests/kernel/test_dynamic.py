@@ -19,6 +19,7 @@ from maskdsl import (
     BlockIndices,
     Blocks,
     Causal,
+    ColumnIndices,
     Columns,
     Document,
     Documents,
@@ -33,6 +34,7 @@ from maskdsl import (
     dense,
 )
 from maskdsl.codegen.kernel import interpreting
+from maskdsl.dynamic import slots_of
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="a GPU is here: see tests/gpu")
 TRIANGLE = Sink(4) | Window(40) | LastQ(20)
@@ -140,3 +142,35 @@ def test_the_superset_holds_the_exact_set() -> None:
     exact, wide = (dense(Causal() & VerticalSlash("vs", kind), Shape(400, 400), 1, 2,
                          slots={"vs": data}) for kind in ("exact", "block64"))
     assert (wide | ~exact).all() and (wide & ~exact).any()
+
+
+@interpreted
+@pytest.mark.parametrize("masks", [
+    [VerticalSlash("vs"), Columns("cols"), Window(32), Window(32)],
+    [VerticalSlash("vs"), VerticalSlash("other"), Columns("cols"), Columns("more")]])
+def test_heads_with_columns_of_different_slots(masks: list[Mask]) -> None:
+    """All heads read one list of columns: each must tell its own among them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*size: int) -> torch.Tensor:
+        return torch.randint(-2, 47, size, generator=generator, dtype=torch.int32)
+
+    made: dict[str, Any] = {
+        "vs": VSIndices(numbers(1, 2, 10), numbers(1, 2, 30)),
+        "other": VSIndices(numbers(1, 4, 7), numbers(1, 4, 9)),
+        "cols": ColumnIndices(numbers(1, 2, 20)), "more": ColumnIndices(numbers(2, 1, 3))}
+    mask = PerHead(masks) | Sink(10)
+    check_random(mask, Shape(17, 44, 49, 82), {a.slot: made[a.slot] for a in slots_of(mask)},
+                 backend="triton", tile=(16, 16))
+
+
+@interpreted
+def test_slots_in_the_other_layout() -> None:
+    """[B, L, H, D] tensors: the second dimension is the length, not the number of heads."""
+    mask = VerticalSlash("vs") | Sink(2)
+    q, k, v = make_inputs(Case(mask, 70, 70, 2, 4, 2, 32), "cpu")
+    found = {"vs": VSIndices(torch.randint(70, (2, 4, 5)), torch.randint(70, (2, 4, 6)))}
+    expected = maskdsl.compile(mask, backend="triton")(q, k, v, **found)
+    turned = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+    out = maskdsl.compile(mask, backend="triton", layout="blhd")(*turned, **found)
+    assert torch.equal(out.transpose(1, 2), expected)

@@ -41,7 +41,7 @@ def test_listed_tiles_are_those_of_the_kernel(data: st.DataObject, mask: Mask, s
     q, k = (torch.zeros(BATCH, heads, length, 16) for heads, length in (
         (HEADS, shape.q_len), (KV_HEADS, shape.kv_len)))
     found = variant.parameters
-    made = slot_arguments(variant, found, slots, shape, q, k, k)
+    made = slot_arguments(variant, found, slots, shape, q.shape[1], q, k, k)
     at = {p.name: value for p, value in zip(found, made, strict=True)}
     counts, share = at["union_tile_counts"], at["union_tile_share"]
     assert Parameter("union_tile_counts", True) in found

@@ -93,7 +93,7 @@ class Walk:
 
     def visit(self, times: npt.NDArray[np.int64], batch: Any, head: Any, q_tile: Any, part: Any,
               narrow: Any, rest: Any, loose: Any, masked_steps: Any, first: Any, last: Any,
-              *state: Any) -> None:
+              state: Any) -> None:
         group, grain = int(head) // self.config.heads_packed, GRAIN
         assert batch == 0 and last > first and rest * grain <= self.config.narrow
         rows = np.arange(q_tile * self.config.span, (q_tile + 1) * self.config.span)
@@ -105,7 +105,7 @@ class Walk:
                 for j in range(TILE):
                     self.keep(times, group, rows, int(head), rest + n * TILE + j, loose, state)
             else:
-                at = self.names["full_at"]((n - masked_steps) * TILE, *state) * grain
+                at = self.names["full_at"]((n - masked_steps) * TILE, state) * grain
                 keys = np.arange(at, at + TILE * grain)
                 assert keys[0] >= 0 and keys[-1] < self.shape.kv_len
                 times[group][np.ix_(rows, keys)] += 1
@@ -113,7 +113,7 @@ class Walk:
     def keep(self, times: npt.NDArray[np.int64], group: int, rows: Any, head: int, j: int,
              count: Any, state: Any) -> None:
         """One loose grain: the mask decides."""
-        start = int(self.names["start_of"](j, count, *state, GRAIN))
+        start = int(self.names["start_of"](j, count, state, GRAIN))
         p = (rows + self.shape.q_offset)[:, None]
         keys = start + np.arange(GRAIN)
         if self.words:

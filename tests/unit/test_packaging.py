@@ -33,7 +33,8 @@ def test_the_wheel_holds_the_tree(wheel: Path, project: Path) -> None:
     suffixes = (".py", ".txt", ".typed", ".html", ".js")
     tree = set()
     for folder, inside in (("maskdsl", "maskdsl"), ("codegen", "maskdsl/codegen"),
-                           ("patterns", "maskdsl/patterns")):
+                           ("patterns", "maskdsl/patterns"),
+                           ("maskdsl/integrations", "maskdsl/integrations")):
         tree |= {f"{inside}/{p.name}" for p in (project / folder).iterdir()
                  if p.suffix in suffixes}
     assert built == tree

@@ -1,0 +1,91 @@
+"""`maskdsl.flex_attention`: FlexAttention's signature, with expressions where it takes tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from maskdsl.api import Attention, compile
+from maskdsl.atoms import Full
+from maskdsl.errors import BackendError, HeadCountError, MaskTypeError, ShapeError
+from maskdsl.expr import Mask
+from maskdsl.flex import from_block_mask
+from maskdsl.inputs import check_ranks
+from maskdsl.scores import ScoreMod, check_scores
+
+Tensor = torch.Tensor
+
+
+@lru_cache(maxsize=256)
+def _compiled(mask: Mask, scores: tuple[ScoreMod, ...], backend: str | None) -> Attention:
+    return compile(mask, causal=False, scores=scores, backend=backend)
+
+
+def flex_attention(query: Tensor, key: Tensor, value: Tensor,  # noqa: PLR0913  # theirs
+                   score_mod: ScoreMod | Iterable[ScoreMod] | None = None, block_mask: Any = None,
+                   scale: float | None = None, enable_gqa: bool = False, return_lse: bool = False,
+                   kernel_options: Mapping[str, Any] | None = None, *, return_aux: Any = None,
+                   slots: Mapping[str, Any] | None = None, q_offset: int = 0,
+                   total_len: int | None = None, backend: str | None = None) -> Any:
+    """Attention with the arguments of `torch.nn.attention.flex_attention.flex_attention`.
+
+    query       [B, Hq, Lq, D]; key, value [B, Hkv, Lk, D], [B, Hkv, Lk, Dv]
+    score_mod   a score modifier of maskdsl or a list of them; a function is a ScoreModError
+    block_mask  an expression, as it stands (nothing is made causal); or a FlexAttention
+                `BlockMask`, whose lists and function are both kept; None: every pair
+    enable_gqa  False asks that Hq = Hkv, as there
+    return_lse, return_aux  as there; `AuxRequest(max_scores=True)` is not supported
+    kernel_options  must be empty: they name FlexAttention's own kernels
+    slots       data of the expression's slots and of score modifiers, by name
+    q_offset    absolute position of query row 0. The default is FlexAttention's, 0, and not the
+                bottom-right alignment of `compile`; total_len: see `Shape`
+    backend     as for `compile`
+
+    Returns the output, or (output, lse), or (output, AuxOutput). Compiled masks are kept, so a call
+    costs little more than that of `compile(...)`'s result. Errors: as there, and HeadCountError,
+    BackendError, ScoreModError, MaskTypeError, ShapeError.
+    """
+    if kernel_options:
+        raise BackendError(f"kernel_options={dict(kernel_options)!r}", "these are options of "
+                           "FlexAttention's kernels", "no kernel_options; maskdsl.compile(mask, "
+                           "tile=(64, 64)) chooses a tile")
+    check_ranks(query, key, value, "bhld")
+    if not enable_gqa and query.shape[1] != key.shape[1]:
+        raise HeadCountError(f"{query.shape[1]} query heads on {key.shape[1]} key/value heads",
+                             "heads are shared only with enable_gqa=True", "enable_gqa=True")
+    if getattr(return_aux, "max_scores", False):
+        raise BackendError("AuxRequest(max_scores=True)", "the kernels keep no maximum",
+                           "AuxRequest(lse=True)")
+    mask, data = _read_block_mask(block_mask, query.shape[2], key.shape[2])
+    call = _compiled(mask, check_scores(score_mod, ()), backend)
+    with_lse = return_lse or bool(getattr(return_aux, "lse", False))
+    result: Any = call(query, key, value, scale=scale, q_offset=q_offset,
+                       total_len=total_len,
+                       return_lse=with_lse, **data, **(slots or {}))  # type: ignore[call-overload]
+    if return_aux is None:
+        return result
+    from torch.nn.attention.flex_attention import AuxOutput
+
+    out, lse = result if with_lse else (result, None)
+    return out, AuxOutput(lse=lse, max_scores=None)
+
+
+def _read_block_mask(block_mask: Any, q_len: int, kv_len: int) -> tuple[Mask, Mapping[str, Any]]:
+    """The expression of what stands for a mask, and its data."""
+    if block_mask is None:
+        return Full(), {}
+    if isinstance(block_mask, Mask):
+        return block_mask, {}
+    if not hasattr(block_mask, "kv_indices"):
+        raise MaskTypeError(f"block_mask={block_mask!r}", f"a {type(block_mask).__name__}, which "
+                            "is no mask", "an expression, such as Causal() & Window(1024), or "
+                            "from_mask_mod(fn) for a function")
+    mask, data = from_block_mask(block_mask)
+    if data and tuple(block_mask.seq_lengths) != (q_len, kv_len):
+        raise ShapeError(f"a BlockMask for {tuple(block_mask.seq_lengths)} tokens with {q_len} "
+                         f"queries and {kv_len} keys", "its lists are for other lengths",
+                         "an expression, which serves every length")
+    return mask, data

@@ -1,0 +1,353 @@
+"""Hugging Face transformers: a policy of masks for any model that uses its attention interface.
+
+    from maskdsl.integrations.transformers import apply
+    model = AutoModelForCausalLM.from_pretrained(path)
+    apply(model, published_triangle_mix("Llama-3.1-8B-Instruct"))
+
+A prompt is computed under the policy, intersected with what each layer masks by itself (causal,
+sliding windows); decoding attends densely to the cache. What cannot be honoured raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from maskdsl.api import Attention, compile
+from maskdsl.atoms import Causal, Window
+from maskdsl.dynamic import slots_of
+from maskdsl.errors import IntegrationError
+from maskdsl.expr import Mask
+from maskdsl.integrations.prompts import (
+    Lengths,
+    OwnMask,
+    Segment,
+    find_segments,
+    read_function,
+    shift_mask,
+)
+from maskdsl.patterns import LayerPolicy
+from maskdsl.scores import ScoreMod, SinkLogits, Softcap
+
+Tensor = torch.Tensor
+Estimator = Callable[[Tensor, Tensor], Any]  # (q, k) of one prompt -> the data of a slot
+NAME = "maskdsl"
+SINKS = "sinks"
+
+_prompt: ContextVar[int | None] = ContextVar("maskdsl_prompt", default=None)
+
+
+@contextmanager
+def prompt_length(tokens: int) -> Iterator[None]:
+    """Tell the length of the whole prompt, padding included, while parts of it are computed.
+
+    Chunked prefill needs it for masks that count from the end (`LastQ`); without it every chunk
+    takes itself for the last.
+    """
+    token = _prompt.set(tokens)
+    try:
+        yield
+    finally:
+        _prompt.reset(token)
+
+
+@dataclass(slots=True)
+class LayerState:
+    """What `apply` leaves on an attention module.
+
+    mask         the policy's mask of this layer
+    whole        the attention under it and the layer's own mask, for a call with the usual mask
+    own          that usual mask
+    """
+
+    mask: Mask
+    own: Mask
+    whole: Attention
+    backend: str | None
+    decode_rows: int
+    estimators: Mapping[str, Estimator] = field(default_factory=dict)
+
+
+def register(name: str = NAME) -> None:
+    """Make `attn_implementation="maskdsl"` known to transformers; calling it again is harmless.
+
+    Both registries: with the attention function alone transformers passes no mask at all.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, describe_call)
+
+
+def apply(model: Any, policy: LayerPolicy | Mask, *, backend: str | None = None,
+          decode_rows: int = 1, estimators: Mapping[str, Estimator] | None = None) -> Any:
+    """Let a model's prompts be computed under a policy; returns the model.
+
+    model        a decoder of transformers that uses its attention interface
+    policy       a mask for every layer, or one mask for all; each is intersected with what the
+                 layer masks by itself, so causal and sliding layers stay so
+    backend      as for `compile`
+    decode_rows  calls that continue a cache with at most so many query rows attend to all of it,
+                 as the stock model does; 0: the policy holds there too
+    estimators   for every slot of the policy a function (q, k) -> data, called for every prompt
+
+    IntegrationError where the model or the policy does not fit.
+    """
+    register()
+    layers = attention_layers(model)
+    masks = policy.masks if isinstance(policy, LayerPolicy) else (policy,) * len(layers)
+    check_policy(masks, layers, estimators or {})
+    states = [make_state(layer, mask, backend, decode_rows, estimators or {})
+              for layer, mask in zip(layers, masks, strict=True)]
+    text = getattr(model.config, "get_text_config", lambda: model.config)()
+    nested = text is not model.config
+    model.set_attn_implementation({"text_config": NAME} if nested else NAME)
+    if text._attn_implementation != NAME:
+        raise IntegrationError(f"apply({type(model).__name__}, ...)", "this model does not use "
+                               "transformers' attention interface", "a model whose attention "
+                               "calls ALL_ATTENTION_FUNCTIONS")
+    for layer, state in zip(layers, states, strict=True):
+        layer.maskdsl = state
+    return model
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """The causal self-attention modules of a model, first layer first."""
+    found = [m for m in model.modules()
+             if isinstance(getattr(m, "layer_idx", None), int) and getattr(m, "is_causal", False)]
+    found.sort(key=lambda module: module.layer_idx)
+    if not found or [m.layer_idx for m in found] != sorted({m.layer_idx for m in found}):
+        raise IntegrationError(f"apply({type(model).__name__}, ...)", f"{len(found)} causal "
+                               "attention layers with a number of their own were found",
+                               "a decoder with one self-attention a layer")
+    return found
+
+
+def check_policy(masks: tuple[Mask, ...], layers: list[Any],
+                 estimators: Mapping[str, Estimator]) -> None:
+    """As many masks as layers, masks at all, and an estimator for every slot."""
+    if not all(isinstance(mask, Mask) for mask in masks):
+        raise IntegrationError(f"apply(model, {masks[0]!r})", "neither a policy nor a mask",
+                               "a LayerPolicy, such as triangle_mix(32, range(16)), or a mask")
+    if len(masks) != len(layers):
+        raise IntegrationError(f"a policy for {len(masks)} layers", f"the model has {len(layers)} "
+                               "attention layers", f"LayerPolicy of {len(layers)} masks")
+    slots = {atom.slot for mask in masks for atom in slots_of(mask)}
+    if slots != set(estimators):
+        raise IntegrationError(f"a policy with slots {sorted(slots)} and estimators for "
+                               f"{sorted(estimators)}", "each slot needs its estimator",
+                               "estimators={'vs': maskdsl.patterns.vertical_slash}")
+
+
+def make_state(layer: Any, mask: Mask, backend: str | None, decode_rows: int,
+               estimators: Mapping[str, Estimator]) -> LayerState:
+    """What one attention module needs to know."""
+    window = getattr(layer, "sliding_window", None)
+    own = Causal() & Window(window) if window else Causal()
+    softcap = getattr(layer, "attn_logit_softcapping", None)
+    scores = list_scores(softcap, getattr(layer, "sinks", None))
+    wanted = {atom.slot: estimators[atom.slot] for atom in slots_of(mask)}
+    return LayerState(mask, own, compiled(own & mask, scores, backend), backend, decode_rows,
+                      wanted)
+
+
+@lru_cache(maxsize=512)
+def compiled(mask: Mask, scores: tuple[ScoreMod, ...], backend: str | None) -> Attention:
+    """One attention for every distinct mask, shared by its layers."""
+    return compile(mask, causal=False, layout="blhd", scores=scores, backend=backend)
+
+
+def list_scores(softcap: float | None, sinks: Tensor | None) -> tuple[ScoreMod, ...]:
+    """The score modifiers of a layer."""
+    capped: tuple[ScoreMod, ...] = () if softcap is None else (Softcap(float(softcap)),)
+    return capped if sinks is None else (*capped, SinkLogits(SINKS))
+
+
+# --- what transformers calls ----------------------------------------------------------------------
+
+
+class Call:
+    """What `describe_call` hands to every layer of one forward."""
+
+    ndim = 4  # as of a ready mask: `generate` makes it first, and the model then leaves it alone
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.q_length = arguments["q_length"]
+        self.dense_mask: Tensor | None = None
+        self.has_dense = False
+        self.asserted = False
+        self.read: tuple[Mask, list[Segment]] | None = None
+
+    @property
+    def continues(self) -> bool:
+        """Whether keys of earlier calls are in the cache."""
+        offset = self.arguments["q_offset"]
+        return not isinstance(offset, int) or offset > 0
+
+    def dense(self) -> Tensor | None:
+        """The mask that the stock implementation would use: bool[B, 1, Lq, Lk] or None for all."""
+        if not self.has_dense:
+            from transformers.masking_utils import sdpa_mask
+
+            self.dense_mask = sdpa_mask(**self.arguments)
+            self.has_dense = True
+        return self.dense_mask
+
+    def segments(self) -> tuple[Mask, list[Segment]]:
+        """(the layers' own mask, the prompts of the call)."""
+        if self.read is None:
+            a = self.arguments
+            own: OwnMask = read_function(a["mask_function"])
+            lengths = Lengths(a["batch_size"], a["q_length"], a["kv_length"], int(a["q_offset"]),
+                              int(a["kv_offset"]))
+            self.read = own.mask, find_segments(lengths, a["attention_mask"], own.packed,
+                                                _prompt.get())
+        return self.read
+
+
+def describe_call(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0,
+                  kv_offset: Any = 0, mask_function: Any = None,
+                  attention_mask: Any = None, **options: Any) -> Call:
+    """The mask function of the interface: keeps what a layer needs, computes nothing yet."""
+    if isinstance(attention_mask, Call):
+        return attention_mask
+    if isinstance(q_offset, Tensor):
+        q_offset = q_offset.clone()  # a static cache counts on in this very tensor
+    return Call({"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length,
+                 "q_offset": q_offset, "kv_offset": kv_offset, "mask_function": mask_function,
+                 "attention_mask": attention_mask, **options})
+
+
+def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
+           dropout: float = 0.0, scaling: float | None = None, softcap: float | None = None,
+           s_aux: Tensor | None = None, **options: Any) -> tuple[Tensor, None]:
+    """The attention function of the interface.
+
+    query  [B, Hq, Lq, D]; key, value [B, Hkv, Lk, D], heads not repeated
+
+    Returns (output [B, Lq, Hq, D], None). IntegrationError for dropout, position biases, attention
+    weights, paged caches and ready-made 4D masks.
+    """
+    check_options(attention_mask, dropout, options)
+    state: LayerState | None = getattr(module, "maskdsl", None)
+    call: Call = attention_mask
+    rows = 1 if state is None else state.decode_rows
+    if call.continues and call.q_length <= rows:
+        return attend_dense(query, key, value, call.dense(), scaling, softcap, s_aux), None
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    if torch.compiler.is_compiling():
+        assert_one_prompt(call, options.get("position_ids"))
+        return attend_traced(state, call, q, k, v, scaling, s_aux), None
+    own, segments = call.segments()
+    data = {} if s_aux is None else {SINKS: s_aux}
+    out = None if is_whole(segments, q, k) else q.new_zeros(*q.shape[:3], v.shape[3])
+    for part in segments:
+        rows_ = slice(None) if len(part.rows) == q.shape[0] else list(part.rows)
+        inside = [t[rows_, a:b] for t, a, b in (
+            (q, part.q_start, part.q_stop), (k, part.k_start, part.k_stop),
+            (v, part.k_start, part.k_stop))]
+        for slot, estimate in (state.estimators if state else {}).items():
+            data[slot] = estimate(inside[0].transpose(1, 2), inside[1].transpose(1, 2))
+        attention = pick_attention(state, own, part.shift, softcap, s_aux)
+        found: Any = attention(*inside, scale=scaling, q_offset=part.q_offset,
+                               total_len=part.total_len, **data)  # type: ignore[call-overload]
+        if out is None:
+            return found, None
+        out[rows_, part.q_start:part.q_stop] = found
+    assert out is not None
+    return out, None
+
+
+def pick_attention(state: LayerState | None, own: Mask, shift: int, softcap: float | None,
+                   sinks: Tensor | None) -> Attention:
+    """The attention of a layer for one prompt: nearly always the one made by `apply`."""
+    if state is None:
+        return compiled(shift_mask(own, shift), list_scores(softcap, sinks), None)
+    if not shift and own == state.own:
+        return state.whole
+    return compiled(shift_mask(own & state.mask, shift), list_scores(softcap, sinks),
+                    state.backend)
+
+
+def is_whole(segments: list[Segment], q: Tensor, k: Tensor) -> bool:
+    """Whether one segment covers every row and query of the call."""
+    return len(segments) == 1 and len(segments[0].rows) == q.shape[0] and \
+        segments[0].q_stop - segments[0].q_start == q.shape[1]
+
+
+def check_options(attention_mask: Any, dropout: float, options: Mapping[str, Any]) -> None:
+    """What this attention cannot do is told."""
+    wrong = ""
+    if not isinstance(attention_mask, Call):
+        wrong = "a ready-made 4D mask, a paged cache or a static mask" if attention_mask is not \
+            None else "no description of the mask (a paged cache?)"
+    elif dropout:
+        wrong = "dropout in attention"
+    elif options.get("position_bias") is not None:
+        wrong = "a position bias"
+    elif options.get("output_attentions"):
+        wrong = "output_attentions=True"
+    elif options.get("is_causal") is False:
+        wrong = "bidirectional attention"
+    if wrong:
+        raise IntegrationError(f"attn_implementation={NAME!r} with {wrong}",
+                               "this attention does not do that",
+                               "attn_implementation='eager' or 'sdpa' for this model or call")
+
+
+def attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+                 scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Plain attention to the cache for a few query rows; [B, Lq, Hq, D]."""
+    if softcap is None and sinks is None:
+        grouped = query.shape[1] != key.shape[1]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+        return out.transpose(1, 2).contiguous()
+    b, heads, rows, dim = query.shape
+    grouped_q = query.view(b, key.shape[1], -1, rows, dim)
+    scores = (grouped_q @ key.unsqueeze(2).transpose(-1, -2)).float() * (
+        dim ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask.unsqueeze(2), torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        column = sinks.float().view(1, key.shape[1], -1, 1, 1).expand(b, -1, -1, rows, 1)
+        scores = torch.cat([scores, column], -1)
+    weights = torch.softmax(scores, -1)[..., :key.shape[2]].to(value.dtype)
+    out = (weights @ value.unsqueeze(2)).view(b, heads, rows, -1)
+    return out.transpose(1, 2).contiguous()
+
+
+def attend_traced(state: LayerState | None, call: Call, q: Tensor, k: Tensor, v: Tensor,
+                  scaling: float | None, sinks: Tensor | None) -> Tensor:
+    """A prompt inside a graph: nothing can be read on the host, so there is one prompt a row."""
+    a = call.arguments
+    unclear = a.get("use_vmap") or not isinstance(a["kv_offset"], int)
+    if state is None or state.estimators or unclear:
+        raise IntegrationError("a compiled model with this policy or mask", "a graph holds plain "
+                               "masks of layers that `apply` has seen", "maskdsl.integrations."
+                               "transformers.apply(model, policy) before torch.compile")
+    data = {} if sinks is None else {SINKS: sinks}
+    out: Tensor = state.whole(q, k, v, scale=scaling, **data)  # type: ignore[call-overload]
+    return out
+
+
+def assert_one_prompt(call: Call, position_ids: Tensor | None) -> None:
+    """Once a forward, on the device: a graph has no padding and no packed sequences."""
+    if call.asserted:
+        return
+    call.asserted = True
+    padding = call.arguments["attention_mask"]
+    if padding is not None:
+        torch._assert_async(padding.all(), "maskdsl: padding inside a compiled model")
+    elif position_ids is not None:
+        steps = position_ids[:, 1:] - position_ids[:, :-1]
+        torch._assert_async((steps == 1).all(), "maskdsl: packed sequences in a compiled model")

@@ -1,0 +1,220 @@
+"""`torch.ops.maskdsl.attention`: what `torch.compile` and `torch.export` see of a compiled mask.
+
+A graph holds tensors, numbers and text, so a compiled mask enters it as text: its key. A key made
+of atoms alone is JSON and finds (or builds) its attention in every process; that of a mask that
+holds a function is a number of this process. Call-time data is taken apart into tensors and a text
+that tells how to put it together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from maskdsl import scores as score_classes
+from maskdsl.errors import GradientError, MissingSlotError, SerializationError
+from maskdsl.expr import Mask, from_json
+from maskdsl.indices import (
+    BlockIndices,
+    ColumnIndices,
+    Documents,
+    PrefixLengths,
+    TokenIndices,
+    VSIndices,
+)
+from maskdsl.scores import ScoreMod
+
+Tensor = torch.Tensor
+# class -> (names of its tensors, names of its integers)
+PARTS: dict[str, tuple[type, tuple[str, ...], tuple[str, ...]]] = {
+    "VSIndices": (VSIndices, ("vertical", "slash"), ()),
+    "ColumnIndices": (ColumnIndices, ("index",), ()),
+    "BlockIndices": (BlockIndices, ("index", "row"), ("q_block", "kv_block")),
+    "TokenIndices": (TokenIndices, ("index", "row"), ("q_block", "kv_block")),
+    "Documents": (Documents, ("start", "stop"), ()),
+    "PrefixLengths": (PrefixLengths, ("lengths",), ()),
+}
+
+_weak: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_kept: dict[str, Any] = {}  # those that no text can build again
+_numbers = itertools.count()
+_builders: list[Callable[..., Any]] = []  # `Attention` itself; it lies above this module
+
+
+def set_builder(build: Callable[..., Any]) -> None:
+    """What makes an attention from (mask, backend, strict, layout, scale, tile,
+    scores)."""
+    _builders.append(build)
+
+
+def register(attention: Any, mask: Mask, options: dict[str, Any],
+             scores: tuple[ScoreMod, ...]) -> str:
+    """The key of a compiled mask, under which the operator finds it."""
+    try:
+        parts = [{type(mod).__name__: asdict(mod)} for mod in scores]  # type: ignore[call-overload]
+        key = json.dumps({"mask": json.loads(mask.to_json()), **options, "scores": parts},
+                         sort_keys=True)
+        _weak[key] = attention
+    except SerializationError:  # a function
+        key = f"#{next(_numbers)}"
+        _kept[key] = attention
+    return key
+
+
+def find(key: str) -> Any:
+    """The compiled mask of a key, built where this process has none."""
+    found = _weak.get(key) or _kept.get(key)
+    if found is not None:
+        return found
+    if key.startswith("#"):
+        raise SerializationError(f"attention {key} in another process", "its mask holds a Python "
+                                 "function, which has no text", "a mask of atoms and operators")
+    options = json.loads(key)
+    mask = from_json(json.dumps(options.pop("mask")))
+    parts = options.pop("scores")
+    scores = tuple(getattr(score_classes, name)(**fields) for part in parts
+                   for name, fields in part.items())
+    tile = options.pop("tile")
+    built = _builders[0](mask, tile=tuple(tile) if tile else None, scores=scores, **options)
+    _kept[key] = built
+    return built
+
+
+def take_apart(data: Mapping[str, Any]) -> tuple[list[Tensor], str]:
+    """Call-time data as tensors and text: {"vs": VSIndices(v, s)}  -->  [v, s], "vs VSIndices 11".
+
+    Plain tensors keep no class: the call wraps them itself.
+    """
+    tensors: list[Tensor] = []
+    text: list[str] = []
+    for name in sorted(data):
+        value = data[name]
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            text.append(f"{name} - 1")
+            continue
+        kind = type(value).__name__
+        if kind not in PARTS:
+            raise MissingSlotError(f"{name}={kind} in a compiled call", "not call-time data that "
+                                   "a graph can hold", f"{name}= one of {', '.join(PARTS)}, or a "
+                                   "tensor")
+        _, names, numbers = PARTS[kind]
+        held = ""
+        for part in names:
+            tensor = getattr(value, part)
+            held += "0" if tensor is None else "1"
+            if tensor is not None:
+                tensors.append(tensor)
+        text.append(" ".join([name, kind, held, *(str(getattr(value, n)) for n in numbers)]))
+    return tensors, ";".join(text)
+
+
+def put_together(tensors: list[Tensor], text: str) -> dict[str, Any]:
+    """The data again; nothing is checked a second time but by the call."""
+    data: dict[str, Any] = {}
+    left = iter(tensors)
+    for entry in filter(None, text.split(";")):
+        name, kind, held, *given = entry.split(" ")
+        if kind == "-":
+            data[name] = next(left)
+            continue
+        cls, names, numbers = PARTS[kind]
+        value: Any = object.__new__(cls)
+        for part, present in zip(names, held, strict=True):
+            object.__setattr__(value, part, next(left) if present == "1" else None)
+        for part, number in zip(numbers, given, strict=True):
+            object.__setattr__(value, part, int(number))
+        data[name] = value
+    return data
+
+
+# --- the operator ---------------------------------------------------------------------------------
+
+SCHEMA = ("(Tensor q, Tensor k, Tensor v, Tensor[] data, str key, str parts, float? scale, "
+          "SymInt? q_offset, SymInt? total_len, bool with_lse)")
+
+
+@torch.library.custom_op("maskdsl::attention", mutates_args=(),
+                         schema=f"{SCHEMA} -> (Tensor, Tensor)")
+def attention(q: Tensor, k: Tensor, v: Tensor, data: list[Tensor], key: str, parts: str,
+              scale: float | None, q_offset: int | None, total_len: int | None,
+              with_lse: bool) -> tuple[Tensor, Tensor]:
+    """Output and lse (empty unless asked for) of the compiled mask `key`."""
+    result = find(key)(q, k, v, scale=scale, q_offset=q_offset, total_len=total_len,
+                       return_lse=with_lse, **put_together(data, parts))
+    out, lse = result if with_lse else (result, q.new_empty(0, dtype=torch.float32))
+    return out.contiguous(), lse
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, data: list[Tensor], key: str, parts: str,
+      scale: float | None, q_offset: int | None, total_len: int | None,
+      with_lse: bool) -> tuple[Tensor, Tensor]:
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if not with_lse:
+        return out, q.new_empty(0, dtype=torch.float32)
+    b, h, n = q.shape[:3]
+    if find(key).layout == "blhd":
+        h, n = n, h
+    return out, q.new_empty((b, h, n), dtype=wide)
+
+
+@torch.library.custom_op("maskdsl::attention_backward", mutates_args=(),
+                         schema=f"(Tensor grad_out, Tensor? grad_lse, {SCHEMA[1:]} -> Tensor[]")
+def attention_backward(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+                       data: list[Tensor], key: str, parts: str, scale: float | None,
+                       q_offset: int | None, total_len: int | None,
+                       with_lse: bool) -> list[Tensor]:
+    """Gradients of q, k, v and every floating tensor of the data, by running forward again.
+
+    With `torch.func.vjp`: autograd itself is off inside an operator.
+    """
+    tensors = [q, k, v, *data]
+    places = [i for i, t in enumerate(tensors) if t.is_floating_point()]
+    call = find(key).prepare_call(q, k, v, scale, q_offset, total_len, with_lse,
+                                  put_together(data, parts))
+
+    def forward(*floats: Tensor) -> Any:
+        filled = list(tensors)
+        for i, t in zip(places, floats, strict=True):
+            filled[i] = t
+        return call(*filled[:3], put_together(filled[3:], parts))
+
+    vjp = torch.func.vjp(forward, *(tensors[i] for i in places))[1]
+    return [g.contiguous() for g in vjp((grad_out, grad_lse) if with_lse else grad_out)]
+
+
+@attention_backward.register_fake
+def _(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+      data: list[Tensor], key: str, parts: str, scale: float | None, q_offset: int | None,
+      total_len: int | None, with_lse: bool) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (q, k, v, *data) if t.is_floating_point()]
+
+
+def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, v, data, key, *rest = inputs
+    backend = find(key).backend
+    if backend != "torch":
+        raise GradientError(f"a compiled call with requires_grad=True and backend={backend!r}",
+                            "the GPU kernels have no backward pass yet", "torch.no_grad() around "
+                            "the call, or compile(..., backend='torch'), which is differentiable")
+    ctx.save_for_backward(q, k, v, *data)
+    ctx.rest = (key, *rest)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, *data = ctx.saved_tensors
+    found = iter(torch.ops.maskdsl.attention_backward(
+        grad_out, grad_lse if ctx.rest[-1] else None, q, k, v, data, *ctx.rest))
+    grads = [next(found) if t.is_floating_point() else None for t in (q, k, v, *data)]
+    return (*grads[:3], grads[3:], *(None for _ in ctx.rest))
+
+
+attention.register_autograd(_backward, setup_context=_set_up)
