@@ -21,6 +21,7 @@ from maskdsl import (
     RandomBlocks,
     Shape,
     Sink,
+    Softcap,
     Stride,
     VerticalSlash,
     Where,
@@ -179,6 +180,9 @@ def test_what_runs_on_a_hopper_gpu_is_explained() -> None:
     chosen = explain(known(backend="triton", tile=(64, 32)), shape, sizes, "H100", None, {})
     assert chosen.kernel == "triton" and chosen.tile == (64, 32)
     assert "a tile was chosen" in chosen.refused
+    modified = compile(NARROW, scores=Softcap(30.0), backend="torch").explain(4096, chip="H100")
+    assert modified.kernel == "triton" and "scores are modified" in modified.refused
+    assert modified.dense is not None and modified.dense.target == "triton"
 
 
 def test_no_triton_is_needed() -> None:
