@@ -345,7 +345,8 @@ class Attention:
         from maskdsl.explaining import Compiled
 
         return Compiled(self.mask, self.mask if self.written is None else self.written,
-                        self.slots, self.backend, self.strict, self._tile, self.limit)
+                        self.slots, self.backend, self.strict, self._tile, self.limit,
+                        bool(self.scores))
 
     def explain(self, q_len: int, kv_len: int | None = None, *, q_offset: int | None = None,
                 total_len: int | None = None, batch: int | None = None, heads: int | None = None,

@@ -34,6 +34,7 @@ class Compiled:
     slots    the slots the user wrote
     backend  what runs; asked: whether the user named it
     tile     the user's choice, or None
+    scores   whether score modifiers are computed too
     """
 
     mask: Mask
@@ -43,6 +44,7 @@ class Compiled:
     asked: bool
     tile: tuple[int, int] | None
     limit: int | None
+    scores: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,8 @@ def pick_kernel(compiled: Compiled, mask: Mask, rates: Rates, call: CallHeads) -
     refused = refuse_call_of(mask, call)
     if compiled.tile is not None:
         refused = "a tile was chosen, which only the portable kernel takes"
+    if compiled.scores:
+        refused = "scores are modified, which only the portable kernel does"
     return (rates, refused) if refused else (found, "")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from maskdsl import (
     RandomBlocks,
     Shape,
     Sink,
+    Softcap,
     Stride,
     VerticalSlash,
     Where,
@@ -39,6 +42,7 @@ from maskdsl.codegen.hopper_cut import refuse_mask
 from maskdsl.codegen.hopper_work import count_hopper
 from maskdsl.codegen.kernel import interpreting
 from maskdsl.codegen.workload import CallHeads
+from maskdsl.explaining import Compiled, Sizes, explain
 from maskdsl.patterns import LayerPolicy, minference
 from maskdsl.simplify import simplify
 
@@ -154,6 +158,41 @@ def test_the_portable_kernel_by_name_stays_portable() -> None:
     told = compile(NARROW, backend="triton").explain(131072, **options)
     assert told.kernel == told.prediction.target == told.dense.target == "triton"  # type: ignore[union-attr]
     assert told.refused == "" and told.prediction.ms > explained(NARROW).prediction.ms  # type: ignore[union-attr]
+
+
+def known(**more: Any) -> Compiled:
+    mask = simplify(Causal() & NARROW)
+    return Compiled(**{"mask": mask, "written": mask, "slots": (), "backend": HOPPER,
+                       "asked": False, "tile": None, "limit": None} | more)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes the H100 that stands in for no GPU")
+def test_what_runs_on_a_hopper_gpu_is_explained() -> None:
+    """`Compiled` as it is there; the rates are those of the default chip."""
+    shape, sizes = Shape(131072, 131072), Sizes(1, 32, 8)
+    for asked in (False, True):
+        told = explain(known(asked=asked), shape, sizes, None, None, {})
+        assert told.kernel == told.backend == HOPPER and told.refused == ""
+        assert told.cut == explained(NARROW).cut and "counted for" not in str(told)
+    wide = explain(known(), shape, Sizes(1, 32, 8, 256, 256), None, None, {})
+    assert wide.kernel == "triton" and "beyond 128" in wide.refused
+    assert "counted for backend triton" in str(wide)
+    chosen = explain(known(backend="triton", tile=(64, 32)), shape, sizes, "H100", None, {})
+    assert chosen.kernel == "triton" and chosen.tile == (64, 32)
+    assert "a tile was chosen" in chosen.refused
+    modified = compile(NARROW, scores=Softcap(30.0), backend="torch").explain(4096, chip="H100")
+    assert modified.kernel == "triton" and "scores are modified" in modified.refused
+    assert modified.dense is not None and modified.dense.target == "triton"
+
+
+def test_no_triton_is_needed() -> None:
+    """Elsewhere than on Linux there is none."""
+    done = subprocess.run([sys.executable, "-c", (
+        "import sys; sys.modules['triton'] = None\n"
+        "from maskdsl import Window, explain\n"
+        "print(explain(Window(99), 4096, backend='torch', chip='H100').kernel)")],
+        capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == "hopper\n", done.stderr
 
 
 def test_what_was_not_measured_is_told() -> None:
