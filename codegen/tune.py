@@ -18,7 +18,8 @@ SHARED_BYTES = {
     "sm_120": 101376, "sm_121": 101376, "gfx950": 163840,
 }
 LEAST_SHARED = {"sm": 101376, "gfx": 65536}  # chips that are not in the table
-SLACK = 2048  # bytes: barriers, alignment, the few words of lists (at most 1200 were seen)
+SLACK = 2048  # bytes: barriers and alignment; at most 1100 were seen
+ROW_WORDS = 16  # bytes a row and stage that lists read ahead; two slots took 8 (compiled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +62,13 @@ def shared_bytes(config: Config, arch: str, head_dim: int, value_dim: int, item_
     queries = config.block_m * max(d, dv) * item_size  # or the output, later, in the same place
     keys, values = (config.block_n * dim * item_size for dim in (d, dv))
     scores = config.block_m * config.block_n * item_size
+    slack = SLACK + ROW_WORDS * config.block_m * config.stages
     older = config.stages - 1
     if arch.startswith("gfx"):
-        return max(queries, max(older * (keys + values), keys, values) + scores) + SLACK
+        return max(queries, max(older * (keys + values), keys, values) + scores) + slack
     if item_size < 4 and (arch.startswith("sm_12") or int(arch[3:]) < 90):
-        return queries + max(older, 1) * (keys + values) + scores + SLACK
-    return queries + config.stages * (keys + values) + SLACK
+        return queries + max(older, 1) * (keys + values) + scores + slack
+    return queries + config.stages * (keys + values) + slack
 
 
 def power_of_two(n: int) -> int:

@@ -68,18 +68,19 @@ from maskdsl.codegen.tune import Config, pick_config, shared_bytes
 ahead.count_spills = lambda *args: 0  # a candidate may spill: it loses by its time
 triangle, lists = Sink(8) | Window(512) | LastQ(128), VerticalSlash("vs") | Blocks("b", 128, 128)
 bf16, fp32, chip, rows = torch.bfloat16, torch.float32, sys.argv[1], []
-for mask, dtype, dim, value_dim, more in [
-    (triangle, bf16, 128, 128, [(128, 128, 8, 3), (256, 64, 8, 2), (16, 16, 4, 8),
-                                (64, 256, 8, 1)]),
-    (triangle, bf16, 64, 64, [(64, 128, 4, 2), (128, 128, 8, 4)]),
-    (triangle, bf16, 192, 128, []), (triangle, bf16, 256, 256, [(64, 64, 4, 3)]),
-    (triangle, fp32, 64, 64, [(32, 32, 4, 2), (32, 32, 4, 3)]), (triangle, fp32, 192, 192, []),
-    (lists, bf16, 128, 128, [(64, 64, 4, 5)]), (lists, bf16, 64, 64, [(16, 16, 4, 8)]),
+for mask, dtype, dim, value_dim, every, more in [  # every candidate, or the default
+    (triangle, bf16, 128, 128, True, [(128, 128, 8, 3), (256, 64, 8, 2), (16, 16, 4, 8),
+                                      (64, 256, 8, 1)]),
+    (triangle, bf16, 64, 64, False, [(64, 128, 4, 2), (128, 128, 8, 4)]),
+    (triangle, bf16, 192, 128, False, []), (triangle, bf16, 256, 256, True, [(64, 64, 4, 3)]),
+    (triangle, fp32, 64, 64, True, [(32, 32, 4, 2)]), (triangle, fp32, 192, 192, False, []),
+    (lists, bf16, 128, 128, False, [(64, 64, 4, 5), (128, 64, 8, 2)]),
+    (lists, bf16, 64, 64, False, [(16, 16, 4, 8), (64, 32, 4, 4)]),
 ]:
     size = dtype.itemsize
     default = pick_config(chip, dim, value_dim, size, 0.0)
     tried = portable_candidates(chip, dim, value_dim, size, default)
-    for config in (*tried, *(Config(*sizes) for sizes in more)):
+    for config in (*(tried if every else [default]), *(Config(*sizes) for sizes in more)):
         for tma in (True, False) if chip in ahead.COPIES_TILES and config == default else (True,):
             c = ahead.compile_for(chip, mask, dtype, dim, value_dim, config=config, tma=tma)
             rows.append({"what": f"{mask!r} {dtype} {dim}/{value_dim} {config} {tma}",
