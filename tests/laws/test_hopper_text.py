@@ -158,13 +158,17 @@ def test_fixed_masks(mask: Mask, lengths: tuple[int, int]) -> None:
     check(mask, Shape(*lengths), 2)
 
 
-def test_heavy_rows_are_cut() -> None:
-    whole = simplify(TRIANGLE & Causal())
+@pytest.mark.parametrize("mask,first", [
+    (TRIANGLE & Causal(), False), (FirstQ(40) | Window(64, 1), True)], ids=repr)
+def test_heavy_rows_are_cut(mask: Mask, first: bool) -> None:
+    """At either end of the call."""
+    whole, shape = simplify(mask), Shape(3000, 3000)
     config = pick_hopper(whole, 4, 128)
     plan = make_plan(whole, config.span, GRAIN, TILE)
-    cut = schedule(plan, config, Shape(3000, 3000), 1, 1, 64)
-    assert cut.splits > 1 and cut.split_count * config.span >= 128
-    check(TRIANGLE & Causal(), Shape(3000, 3000), 4, 1, 64)
+    cut = schedule(plan, config, shape, 1, 1, 64)
+    assert cut.splits > 1 and cut.split_count * config.span >= 40
+    assert (cut.split_first == 0) == first
+    check(mask, shape, 4, 1, 64)
 
 
 def check_counts(mask: Mask, shape: Shape, heads: int, kv_heads: int, processors: int) -> None:
