@@ -130,8 +130,12 @@ def _pick(arch: str, size: int, item_size: int, width: float, q_block: int) -> C
     if int(arch[3:]) < 90:
         return _pick_ampere(arch, size, width)
     if size > 128:
-        # 128 rows spill on both, 64 keys on Blackwell (compiled)
-        return Config(64, 64, 8, 2) if arch == "sm_90" else Config(64, 32, 4, 2)
+        # 128 rows spill on both, 64 keys on Blackwell, 4 warps where it has no tcgen05 (compiled)
+        if arch == "sm_90":
+            return Config(64, 64, 8, 2)
+        return Config(64, 32, 8 if arch.startswith("sm_12") else 4, 2)
+    if arch.startswith("sm_12"):
+        return Config(64, 64, 4, 2 if size <= 64 else 3)  # 128 rows or keys spill (compiled)
     # H100, 32K triangles and 16K dense, bf16 (docs/benchmarks/sweep.md): 427 and 525 TFLOP/s at
     # D = 128, 381 and 459 at D = 64; not measured on Blackwell
     if size <= 64:

@@ -59,6 +59,7 @@ rows.append({"what": "lister", "shared": c.shared, "spills": c.spills,
 print(json.dumps(rows))
 """
 
+# Four stages of 64 x 32 with lists do not compile for AMD (Triton 3.6 fails in its pipeliner).
 CONFIGS = """
 import json, sys, torch
 import ahead
@@ -75,7 +76,7 @@ for mask, dtype, dim, value_dim, every, more in [  # every candidate, or the def
     (triangle, bf16, 192, 128, False, []), (triangle, bf16, 256, 256, True, [(64, 64, 4, 3)]),
     (triangle, fp32, 64, 64, True, [(32, 32, 4, 2)]), (triangle, fp32, 192, 192, False, []),
     (lists, bf16, 128, 128, False, [(64, 64, 4, 5), (128, 64, 8, 2)]),
-    (lists, bf16, 64, 64, False, [(16, 16, 4, 8), (64, 32, 4, 4)]),
+    (lists, bf16, 64, 64, False, [(16, 16, 4, 8), (64, 32, 4, 3)]),
 ]:
     size = dtype.itemsize
     default = pick_config(chip, dim, value_dim, size, 0.0)

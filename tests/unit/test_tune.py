@@ -55,8 +55,11 @@ def test_measured_defaults_are_not_changed() -> None:
 
 
 def test_small_shared_memory_gets_less() -> None:
-    assert pick_config("sm_120", 128, 128, 2, 1e6).stages < \
-        pick_config("sm_100", 128, 128, 2, 1e6).stages
+    wanted = Config(128, 64, 8, 3)
+    assert fit_config(wanted, "sm_100", 128, 128, 2) == wanted
+    assert fit_config(wanted, "sm_120", 128, 128, 2) == Config(128, 64, 8, 2)
+    assert fit_config(wanted, "gfx942", 128, 128, 2) == Config(128, 64, 8, 2)
+    assert fit_config(wanted, "sm_120", 256, 256, 4) == Config(64, 16, 8, 1)
     assert shared_limit("sm_135") == 101376 and shared_limit("gfx1300") == 65536
 
 
