@@ -90,3 +90,19 @@ def config_for_tile(tile: tuple[int, int]) -> Config:
                             "tile=(64, 64)") from None
     warps = 8 if isinstance(block_m, int) and block_m > 64 else 4
     return Config(block_m, block_n, warps, 2).check()
+
+
+def pick_backward(arch: str, head_dim: int, value_dim: int,
+                  item_size: int) -> tuple[Config, Config]:
+    """The configs of the gradients by query tile and by key tile: large tiles that do not spill
+    (compiled for sm_80 and sm_90); not measured."""
+    if arch == "cpu":
+        return Config(32, 32, 4, 1), Config(32, 32, 4, 1)
+    size = max(head_dim, value_dim)
+    if item_size == 4 or not arch.startswith("sm_"):
+        return Config(32, 32, 4, 1), Config(32, 32, 4, 1)
+    if size > 128:
+        return Config(64, 32, 8, 1), Config(32, 64, 8, 1)
+    if size > 64:
+        return Config(64, 64, 8, 2), Config(64, 64, 8, 2)
+    return Config(64, 64, 4, 2), Config(64, 64, 4, 2)

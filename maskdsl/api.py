@@ -12,18 +12,19 @@ from maskdsl import ops
 from maskdsl.atoms import Causal
 from maskdsl.binding import CallSize, check_names, check_slots, describe, wrap
 from maskdsl.dynamic import SlotMask
-from maskdsl.errors import BackendError, MaskTypeError
+from maskdsl.errors import BackendError, GradientError, MaskTypeError
 from maskdsl.expr import Mask
 from maskdsl.heads import count_heads
 from maskdsl.inputs import (
     DTYPES,
-    check_gradients,
     check_heads,
     check_layout,
     check_limit,
     check_ranks,
     check_scale,
     check_tensors,
+    gradient_error,
+    wants_gradients,
 )
 from maskdsl.scores import ScoreMod, check_score_data, check_scores
 from maskdsl.shape import Shape
@@ -45,7 +46,8 @@ HEAD_DIM = 128  # what `.plan` and `.source` show before the first call
 def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
             layout: str = "bhld", scale: float | None = None,
             tile: tuple[int, int] | None = None,
-            scores: ScoreMod | Iterable[ScoreMod] | None = None) -> Attention:
+            scores: ScoreMod | Iterable[ScoreMod] | None = None,
+            backward: bool = False) -> Attention:
     """A callable that computes attention under `mask`, specialised for it.
 
     mask     the allowed (query, key) pairs
@@ -62,8 +64,13 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
 
     scores   score modifiers, applied in order: `Softcap`, `ALiBi`, `Bias`, `RelativePosition`,
              `SinkLogits`; the data of those that take some is given at the call, by name
+    backward  True lets autograd through the Triton and Hopper backends, with kernels for the
+             gradients: masks without runtime slots, kinds of heads (`PerHead`) and score
+             modifiers. Tested in Triton's interpreter and compiled ahead of time, not yet run on a
+             GPU, which is why it must be asked for. The torch backend is always differentiable.
 
-    Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError.
+    Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError,
+    GradientError.
     """
     if not isinstance(mask, Mask):
         raise MaskTypeError(f"compile({mask!r})", f"a {type(mask).__name__}, which is not a mask",
@@ -73,7 +80,7 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     slots = check_names(mask)
     mods = check_scores(scores, slots)
     made = Attention(whole, pick_backend(backend, whole, tile, bool(mods)), check_layout(layout),
-                     scale, tile, slots, mods, strict=backend is not None)
+                     scale, tile, slots, mods, strict=backend is not None, backward=backward)
     made.written = written
     return made
 
@@ -101,8 +108,10 @@ class Attention:
 
     def __init__(self, mask: Mask, backend: str, layout: str, scale: float | None,
                  tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = (),
-                 scores: tuple[ScoreMod, ...] = (), *, strict: bool = True) -> None:
+                 scores: tuple[ScoreMod, ...] = (), *, strict: bool = True,
+                 backward: bool = False) -> None:
         self.mask = mask
+        self.backward = backward  # gradients by kernels were asked for
         self.slots = slots  # as the user wrote them: simplification may drop one
         self._used = check_names(mask)
         self.scores = scores
@@ -120,6 +129,9 @@ class Attention:
                                               "layout": layout, "scale": scale,
                                               "tile": tile}, scores)
         _ = self._forward  # what cannot be compiled fails now, not at the first call
+        if backward and backend != "torch" and (refused := self._refuse_gradients()):
+            raise GradientError(f"compile({mask!r}, backward=True)", refused,
+                                "backend='torch', which is differentiable, or leave backward out")
 
     @cached_property
     def _forward(self) -> TritonForward | TorchForward:
@@ -137,6 +149,13 @@ class Attention:
         hopper = self.backend == "hopper"
         return TritonForward(self.mask, config_for_tile(self._tile) if self._tile else None,
                              scores=self.scores, hopper=hopper, must=hopper and self.strict)
+
+    def _refuse_gradients(self) -> str:
+        """Why the kernels have no backward pass for this mask; "" where they have one."""
+        from maskdsl.codegen.gradients import refuse_gradients
+
+        forward: Any = self._forward
+        return refuse_gradients(forward)
 
     def refusal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
         """Why the Hopper kernel does not take such a call, so that the portable one runs it (or,
@@ -197,7 +216,9 @@ class Attention:
                     return_lse: bool, slots: dict[str, Any]) -> Result:
         """Find how calls that look like this one are run, and run it."""
         try:
-            key = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype,
+            wants = self.backend != "torch" and wants_gradients(
+                q, k, v, *(slots.get(name) for name in self._score_names))
+            key = (wants, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype,
                    v.dtype, q.device, k.device, v.device, (k.data_ptr() | v.data_ptr()) % 16,
                    scale, q_offset, total_len, return_lse,
                    *(describe(slots[name]) for name in sorted(slots)), *sorted(slots))
@@ -205,10 +226,12 @@ class Attention:
         except (AttributeError, TypeError):
             check_ranks(q, k, v, self.layout)  # says what is no tensor
             raise
-        if self.backend != "torch":
-            check_gradients(q, k, v, *(slots.get(name) for name in self._score_names))
         if call is None:
-            call = self._prepare(q, k, v, scale, q_offset, total_len, return_lse, slots)
+            if wants and not self.backward:
+                refused = self._refuse_gradients()
+                raise gradient_error(refused or "the backward pass of the GPU kernels has not yet "
+                                     "run on a GPU, so it must be asked for", not refused)
+            call = self._prepare(q, k, v, scale, q_offset, total_len, return_lse, slots, wants)
             if len(self._ready) >= READY_LIMIT:
                 self._ready.clear()
             self._ready[key] = call
@@ -248,7 +271,7 @@ class Attention:
 
     def _prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
                  q_offset: int | None, total_len: int | None, return_lse: bool,
-                 slots: dict[str, object]) -> Any:
+                 slots: dict[str, object], wants_grad: bool = False) -> Any:
         """Check a call of a new kind, and decide all that calls of its kind share."""
         check_ranks(q, k, v, self.layout)
         if self.layout == "blhd":
@@ -262,6 +285,11 @@ class Attention:
         check_slots(self.slots, masks, size, shape, self._score_names)
         check_score_data(self.scores, slots, q.shape[0], q.shape[1], shape, q.device)
         number = check_scale(self.scale if scale is None else scale, q.shape[3])
+        if wants_grad:
+            from maskdsl.codegen.gradients import prepare_gradients
+
+            forward: Any = self._forward
+            return prepare_gradients(forward, q, k, v, shape, number, self.layout, return_lse)
         return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)
 
     @property
