@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -122,6 +123,12 @@ class TritonBackward:
         return dq, dk, dv
 
 
+@lru_cache(maxsize=256)
+def backward_of(mask: Mask, config: Config | None) -> TritonBackward:
+    """The gradients' kernels of a mask; calls of many shapes share them."""
+    return TritonBackward(mask, config)
+
+
 def empty_rows(t: Tensor) -> Tensor:
     """An empty tensor like `t`, with a contiguous last dimension."""
     made = torch.empty_like(t)
@@ -152,7 +159,7 @@ def prepare_gradients(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor, s
                       scale: float, layout: str, with_lse: bool) -> Call:
     """Like `TritonForward.prepare`, for calls that autograd records."""
     run = forward.prepare(q, k, v, shape, scale, layout, True)
-    kernels = TritonBackward(forward.kinds[0][1], forward.chosen)
+    kernels = backward_of(forward.kinds[0][1], forward.chosen)
     call = Backward(kernels, run, shape, scale, layout == "blhd")
     return lambda q, k, v, data: call(q, k, v, with_lse)
 
