@@ -104,8 +104,8 @@ def key_walk(by_key: KeyPlan) -> str:
     if by_key.full:
         tile, before = loop_head("full", by_key.full,
                                     f"FULL tiles of {loop_names(plan, False)}")
-        step = (f"first_row = ({tile}) * BLOCK_M", *ROW_LOADS, *KEY_STEP)
-        text += indent(before, 2) + indent(step, 3) + "\n"
+        text += indent(before, 2) + indent((f"first_row = ({tile}) * BLOCK_M", *ROW_LOADS,
+                                            *KEY_STEP), 3) + "\n"
     if not by_key.masked:
         return text
     tile, before = loop_head("masked", by_key.masked,
@@ -121,7 +121,8 @@ def key_walk(by_key: KeyPlan) -> str:
     return text + indent(before, 2) + indent(head, 3) + indent(step, 4) + "\n"
 
 
-def loop_head(name: str, segments: tuple[Segment, ...], comment: str) -> tuple[str, tuple[str, ...]]:
+def loop_head(name: str, segments: tuple[Segment, ...],
+              comment: str) -> tuple[str, tuple[str, ...]]:
     """(the tile of step i, all lines up to and with the `for`) of one loop."""
     if not segments:
         return "", ()

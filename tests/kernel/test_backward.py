@@ -57,12 +57,13 @@ MASKS: list[tuple[Mask, bool]] = [
 @pytest.mark.parametrize(("mask", "causal"), MASKS, ids=lambda x: repr(x)[:40])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_mask(mask: Mask, causal: bool, dtype: torch.dtype) -> None:
-    case = Case(mask, 70, 70, 1, 2, 1, 16, dtype=dtype, causal=causal, options=OPTIONS)
-    check_gradients(case)
+    case = Case(mask, 45, 45, 1, 2, 1, 16, dtype=dtype, causal=causal, options=OPTIONS)
+    if dtype == torch.float32 or not isinstance(mask, RandomBlocks):  # slow to interpret
+        check_gradients(case)
     check_gradients(replace(case, q_len=20, kv_len=50), with_lse=False)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(masks(), shapes(max_len=60), st.sampled_from([torch.float16, torch.float32]),
        st.booleans(), st.sampled_from([(2, 1), (2, 2)]),
        st.sampled_from([(16, 16), (32, 16), (16, 32)]))
@@ -77,9 +78,9 @@ def test_random_masks(mask: Mask, shape: Shape, dtype: torch.dtype, with_lse: bo
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "value_dim"), [
-    (3, 1, 16, 16), (7, 1, 24, 40), (6, 2, 40, 24), (2, 2, 80, 32)])
+    (3, 1, 16, 16), (7, 1, 24, 40), (4, 2, 40, 24), (1, 1, 80, 32)])
 def test_heads_and_sizes(heads: int, kv_heads: int, dim: int, value_dim: int) -> None:
-    check_gradients(Case(TRIANGLE, 37, 61, 2, heads, kv_heads, dim, value_dim, options=OPTIONS))
+    check_gradients(Case(TRIANGLE, 21, 40, 1, heads, kv_heads, dim, value_dim, options=OPTIONS))
 
 
 @pytest.mark.parametrize("offset,total", [(0, 200), (30, 200), (7, None)])
@@ -113,13 +114,13 @@ def gradients(attn: maskdsl.api.Attention, tensors: tuple[torch.Tensor, ...],
 
 
 def test_layout_and_strides() -> None:
-    tensors = make_inputs(Case(TRIANGLE, 50, 50, 2, 4, 2, 32), "cpu")
+    tensors = make_inputs(Case(TRIANGLE, 35, 35, 2, 2, 2, 32), "cpu")
     attn = maskdsl.compile(TRIANGLE, **OPTIONS)
     expected = gradients(attn, tensors)
     blhd = maskdsl.compile(TRIANGLE, layout="blhd", **OPTIONS)
     for got, want in zip(gradients(blhd, tensors, turned=True), expected, strict=True):
         assert torch.equal(got, want)
-    odd = torch.zeros(2, 2, 50, 37)
+    odd = torch.zeros(2, 2, 35, 37)
     odd[..., 1:33] = tensors[1]
     odd.requires_grad_()
     out = attn(tensors[0], odd[..., 1:33], tensors[2])
@@ -188,7 +189,7 @@ def test_a_second_derivative_is_told() -> None:
 
 def test_it_must_be_asked_for() -> None:
     q, k, v = make_inputs(Case(TRIANGLE, 20, 20, 1, 2, 1, 16), "cpu")
-    with pytest.raises(GradientError, match="(?s)not yet run on a GPU.*backward=True"):
+    with pytest.raises(GradientError, match=r"(?s)not yet run on a GPU.*backward=True"):
         maskdsl.compile(TRIANGLE, backend="triton")(q.requires_grad_(), k, v)
 
 
