@@ -218,8 +218,9 @@ class Attention:
         try:
             wants = self.backend != "torch" and wants_gradients(
                 q, k, v, *(slots.get(name) for name in self._score_names))
-            key = (wants, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype,
-                   k.dtype, v.dtype, q.device, k.device, v.device, (k.data_ptr() | v.data_ptr()) % 16,
+            key = (wants, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
+                   q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+                   (k.data_ptr() | v.data_ptr()) % 16,
                    scale, q_offset, total_len, return_lse,
                    *(describe(slots[name]) for name in sorted(slots)), *sorted(slots))
             call = self._ready.get(key)
