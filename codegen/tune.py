@@ -105,6 +105,6 @@ def pick_backward(arch: str, head_dim: int, value_dim: int,
     if size > 128:  # 64 rows spill on sm_90, and 32 take no wgmma
         return Config(32, 32, 8, 1), Config(32, 32, 8, 1)
     if int(arch[3:]) < 90:
-        return Config(32, 64, 8, 2), Config(32, 32, 4, 2) if size <= 64 else Config(32, 64, 8, 2)
+        return Config(32, 64, 8, 2), Config(32, 32, 4, 1) if size <= 64 else Config(32, 64, 8, 2)
     # a second stage of the walk by key tile spills on sm_90: dK, dV, P and dS fill the registers
-    return Config(64, 64, 4, 2), Config(64, 64, 4, 1) if size <= 64 else Config(32, 64, 8, 1)
+    return Config(64, 64, 4, 2), Config(32, 64, 4 if size <= 64 else 8, 1)
