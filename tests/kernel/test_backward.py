@@ -228,7 +228,8 @@ for mask, dtype, dim, value_dim in [
 ]:
     for name, c in compile_backward(chip, mask, dtype, dim, value_dim).items():
         rows.append({"what": f"{name} {mask!r} {dtype} {dim}/{value_dim}", "shared": c.shared,
-                     "spills": c.spills, "limit": SHARED_LIMIT[chip], "fits": dtype != fp32 and dim <= 128,
+                     "spills": c.spills, "limit": SHARED_LIMIT[chip],
+                     "fits": dtype != fp32 and dim <= 128,
                      "wgmma": "wgmma.mma_async" in c.text or name == "sum_rows"})
 print(json.dumps(rows))
 """
