@@ -171,3 +171,21 @@ def config_for_tile(tile: tuple[int, int]) -> Config:
                             "tile=(64, 64)") from None
     warps = 8 if isinstance(block_m, int) and block_m > 64 else 4
     return Config(block_m, block_n, warps, 2).check()
+
+
+def pick_backward(arch: str, head_dim: int, value_dim: int,
+                  item_size: int) -> tuple[Config, Config]:
+    """The configs of the gradients by query tile and by key tile: large tiles that do not spill
+    (compiled for sm_80 and sm_90); not measured."""
+    size = max(head_dim, value_dim)
+    if arch == "cpu" or not arch.startswith("sm_"):
+        return Config(32, 32, 4, 1), Config(32, 32, 4, 1)
+    if item_size == 4:
+        small = Config(16, 16, 8, 1)
+        return (Config(32, 32, 8, 1),) * 2 if size <= 64 else (small, small)
+    if size > 128:  # 64 rows spill on sm_90, and 32 take no wgmma
+        return Config(32, 32, 8, 1), Config(32, 32, 8, 1)
+    if int(arch[3:]) < 90:
+        return Config(32, 64, 8, 2), Config(32, 32, 4, 1) if size <= 64 else Config(32, 64, 8, 2)
+    # a second stage of the walk by key tile spills on sm_90: dK, dV, P and dS fill the registers
+    return Config(64, 64, 4, 2), Config(32, 64, 4 if size <= 64 else 8, 1)

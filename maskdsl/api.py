@@ -10,20 +10,22 @@ import torch
 
 from maskdsl import ops
 from maskdsl.atoms import Causal
+from maskdsl.backends import check_autotune, pick_backend
 from maskdsl.binding import CallSize, check_names, check_slots, describe, wrap
 from maskdsl.dynamic import SlotMask
-from maskdsl.errors import BackendError, MaskTypeError
+from maskdsl.errors import BackendError, GradientError, MaskTypeError
 from maskdsl.expr import Mask
 from maskdsl.heads import count_heads
 from maskdsl.inputs import (
     DTYPES,
-    check_gradients,
     check_heads,
     check_layout,
     check_limit,
     check_ranks,
     check_scale,
     check_tensors,
+    gradient_error,
+    wants_gradients,
 )
 from maskdsl.scores import ScoreMod, check_score_data, check_scores
 from maskdsl.shape import Shape
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
     from maskdsl.explaining import Compiled
 
 Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-BACKENDS = ("hopper", "triton", "torch")
 ANY_AUTOCAST = torch._C._is_any_autocast_enabled  # a quarter of the cost of asking for one device
 READY_LIMIT = 4096  # kinds of calls remembered
 HEAD_DIM = 128  # what `.plan` and `.source` show before the first call
@@ -49,7 +50,7 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
             layout: str = "bhld", scale: float | None = None,
             tile: tuple[int, int] | None = None,
             scores: ScoreMod | Iterable[ScoreMod] | None = None,
-            autotune: bool = False) -> Attention:
+            autotune: bool = False, backward: bool = False) -> Attention:
     """A callable that computes attention under `mask`, specialised for it.
 
     mask     the allowed (query, key) pairs
@@ -69,8 +70,13 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
 
     scores   score modifiers, applied in order: `Softcap`, `ALiBi`, `Bias`, `RelativePosition`,
              `SinkLogits`; the data of those that take some is given at the call, by name
+    backward  True lets autograd through the Triton and Hopper backends, with kernels for the
+             gradients: masks without runtime slots, kinds of heads (`PerHead`) and score
+             modifiers. Tested in Triton's interpreter and compiled ahead of time, not yet run on a
+             GPU, which is why it must be asked for. The torch backend is always differentiable.
 
-    Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError.
+    Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError,
+    GradientError.
     """
     if not isinstance(mask, Mask):
         raise MaskTypeError(f"compile({mask!r})", f"a {type(mask).__name__}, which is not a mask",
@@ -83,46 +89,10 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     if autotune:
         check_autotune(chosen, tile, bool(mods))
     made = Attention(whole, chosen, check_layout(layout), scale, tile, slots, mods,
-                     strict=backend is not None, autotune=autotune)
+                     strict=backend is not None, autotune=autotune,
+                     backward=backward)
     made.written = written
     return made
-
-
-def pick_backend(backend: str | None, mask: Mask, tile: object = None,
-                 scores: bool = False) -> str:
-    """The backend asked for, or the one for this machine, mask, tile and modifiers of scores."""
-    if backend is None:
-        if not torch.cuda.is_available():
-            return "torch"
-        from maskdsl.codegen.hopper import is_hopper
-        from maskdsl.codegen.hopper_cut import refuse_mask
-
-        plain = tile is None and not scores
-        return "hopper" if plain and is_hopper() and not refuse_mask(mask) else "triton"
-    if backend not in BACKENDS:
-        raise BackendError(f"backend={backend!r}", "unknown backend",
-                           " or ".join(f"backend={name!r}" for name in BACKENDS))
-    return backend
-
-
-def check_autotune(backend: str, tile: object, scores: bool) -> None:
-    """A BackendError where there is nothing to time."""
-    if scores:
-        raise BackendError("autotune=True with scores=...", "kernels that modify scores have no "
-                           "candidates yet", "leave autotune out")
-    if tile is not None:
-        raise BackendError(f"autotune=True with tile={tile!r}", "autotune chooses the tile",
-                           "one of the two")
-    if backend == "torch":
-        raise BackendError("autotune=True with backend='torch'",
-                           "only the kernels for GPUs have settings to choose from",
-                           "leave autotune out, or backend='triton' where there is a GPU")
-    from maskdsl.codegen.kernel import interpreting
-
-    if interpreting():
-        raise BackendError("autotune=True with TRITON_INTERPRET=1",
-                           "times in the interpreter say nothing of a GPU",
-                           "leave autotune out, or run without TRITON_INTERPRET")
 
 
 class Attention:
@@ -133,8 +103,9 @@ class Attention:
     def __init__(self, mask: Mask, backend: str, layout: str, scale: float | None,
                  tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = (),
                  scores: tuple[ScoreMod, ...] = (), *, strict: bool = True,
-                 autotune: bool = False) -> None:
+                 autotune: bool = False, backward: bool = False) -> None:
         self.mask = mask
+        self.backward = backward  # gradients by kernels were asked for
         self.slots = slots  # as the user wrote them: simplification may drop one
         self._used = check_names(mask)
         self.scores = scores
@@ -157,6 +128,9 @@ class Attention:
             from maskdsl.codegen.autotune import Autotuned
 
             self._autotuned = Autotuned(forward)
+        if backward and backend != "torch" and (refused := self._refuse_gradients()):
+            raise GradientError(f"compile({mask!r}, backward=True)", refused,
+                                "backend='torch', which is differentiable, or leave backward out")
 
     @cached_property
     def _forward(self) -> TritonForward | TorchForward:
@@ -174,6 +148,13 @@ class Attention:
         hopper = self.backend == "hopper"
         return TritonForward(self.mask, config_for_tile(self._tile) if self._tile else None,
                              scores=self.scores, hopper=hopper, must=hopper and self.strict)
+
+    def _refuse_gradients(self) -> str:
+        """Why the kernels have no backward pass for this mask; "" where they have one."""
+        from maskdsl.codegen.gradients import refuse_gradients
+
+        forward: Any = self._forward
+        return refuse_gradients(forward)
 
     def refusal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
         """Why the Hopper kernel does not take such a call, so that the portable one runs it (or,
@@ -234,18 +215,23 @@ class Attention:
                     return_lse: bool, slots: dict[str, Any]) -> Result:
         """Find how calls that look like this one are run, and run it."""
         try:
-            key = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype,
-                   v.dtype, q.device, k.device, v.device, (k.data_ptr() | v.data_ptr()) % 16,
+            wants = self.backend != "torch" and wants_gradients(
+                q, k, v, *(slots.get(name) for name in self._score_names))
+            key = (wants, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
+                   q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+                   (k.data_ptr() | v.data_ptr()) % 16,
                    scale, q_offset, total_len, return_lse,
                    *(describe(slots[name]) for name in sorted(slots)), *sorted(slots))
             call = self._ready.get(key)
         except (AttributeError, TypeError):
             check_ranks(q, k, v, self.layout)  # says what is no tensor
             raise
-        if self.backend != "torch":
-            check_gradients(q, k, v, *(slots.get(name) for name in self._score_names))
         if call is None:
-            call = self._prepare(q, k, v, scale, q_offset, total_len, return_lse, slots)
+            if wants and not self.backward:
+                refused = self._refuse_gradients()
+                raise gradient_error(refused or "the backward pass of the GPU kernels has not yet "
+                                     "run on a GPU, so it must be asked for", not refused)
+            call = self._prepare(q, k, v, scale, q_offset, total_len, return_lse, slots, wants)
             if len(self._ready) >= READY_LIMIT:
                 self._ready.clear()
             self._ready[key] = call
@@ -285,7 +271,7 @@ class Attention:
 
     def _prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
                  q_offset: int | None, total_len: int | None, return_lse: bool,
-                 slots: dict[str, object]) -> Any:
+                 slots: dict[str, object], wants_grad: bool = False) -> Any:
         """Check a call of a new kind, and decide all that calls of its kind share."""
         check_ranks(q, k, v, self.layout)
         if self.layout == "blhd":
@@ -299,6 +285,11 @@ class Attention:
         data = check_slots(self.slots, masks, size, shape, self._score_names)
         check_score_data(self.scores, slots, q.shape[0], q.shape[1], shape, q.device)
         number = check_scale(self.scale if scale is None else scale, q.shape[3])
+        if wants_grad:
+            from maskdsl.codegen.gradients import prepare_gradients
+
+            forward: Any = self._forward
+            return prepare_gradients(forward, q, k, v, shape, number, self.layout, return_lse)
         if self._autotuned is not None:
             return self._autotuned.prepare(q, k, v, shape, number, self.layout, return_lse, data)
         return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from maskdsl.api import BACKENDS, Attention, compile
+from maskdsl.api import Attention, compile
+from maskdsl.backends import BACKENDS
 from maskdsl.columns import format_number, format_table
 from maskdsl.expr import Mask
 

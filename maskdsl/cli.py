@@ -16,8 +16,9 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from maskdsl.api import BACKENDS, compile
+from maskdsl.api import compile
 from maskdsl.atoms import Causal, Empty
+from maskdsl.backends import BACKENDS
 from maskdsl.bench import add_bench, positive, run_bench
 from maskdsl.cells import default_length
 from maskdsl.compare import compare_masks

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from maskdsl.api import compile, pick_backend
+from maskdsl.api import compile
 from maskdsl.atoms import Causal, LastQ, Sink, Window
+from maskdsl.backends import pick_backend
 from maskdsl.dense import dense, dense_attention
 from maskdsl.errors import MaskDSLError
 from maskdsl.settings import cache_dir, debug_level

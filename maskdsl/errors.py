@@ -104,7 +104,8 @@ class ScoreDataError(MaskDSLError, ValueError):
 
 
 class GradientError(MaskDSLError, RuntimeError):
-    """An input requires a gradient and this backend has no backward pass."""
+    """An input requires a gradient, and the kernels of this call have no backward pass or were not
+    asked for it; or a second derivative was asked for."""
 
 
 class BackendError(MaskDSLError, RuntimeError):

@@ -126,11 +126,19 @@ def check_heads(wanted: int | None, heads: int) -> None:
                              f"{wanted} query heads, or a list of {heads} masks")
 
 
-def check_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: object) -> None:
-    """No input wants a gradient (asked by backends without a backward pass)."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or any(
-            isinstance(t, torch.Tensor) and t.requires_grad for t in more)):
-        raise GradientError("inputs with requires_grad=True and backend='triton'",
-                            "the Triton backend has no backward pass yet",
-                            "torch.no_grad() around the call, tensor.detach(), or "
-                            "compile(..., backend='torch'), which is differentiable")
+def wants_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: object) -> bool:
+    """Whether autograd records this call."""
+    return torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad
+        or any(isinstance(t, torch.Tensor) and t.requires_grad for t in more))
+
+
+def gradient_error(wrong: str, opt_in: bool) -> GradientError:
+    """The error of a call that wants gradients from kernels without a backward pass.
+
+    opt_in  compile(..., backward=True) would give them
+    """
+    return GradientError("inputs with requires_grad=True and backend='triton'", wrong,
+                         "torch.no_grad() around the call, tensor.detach(), "
+                         f"{'compile(..., backward=True), ' if opt_in else ''}or "
+                         "compile(..., backend='torch'), which is differentiable")

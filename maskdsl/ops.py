@@ -203,8 +203,10 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     backend = find(key).backend
     if backend != "torch":
         raise GradientError(f"a compiled call with requires_grad=True and backend={backend!r}",
-                            "the GPU kernels have no backward pass yet", "torch.no_grad() around "
-                            "the call, or compile(..., backend='torch'), which is differentiable")
+                            "the gradients' kernels are not part of the operator yet",
+                            "torch.no_grad() around the call, compile(..., backward=True) outside "
+                            "torch.compile, or compile(..., backend='torch'), which is "
+                            "differentiable")
     ctx.save_for_backward(q, k, v, *data)
     ctx.rest = (key, *rest)
 

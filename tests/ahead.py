@@ -19,6 +19,7 @@ from maskdsl.atoms import Causal
 from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit import emit_kernels, emit_lister, merge_lists
 from maskdsl.codegen.emit_scores import score_parameters
+from maskdsl.codegen.gradients import TritonBackward, backward_constants, row_constants
 from maskdsl.codegen.kernel import kernel_constants
 from maskdsl.codegen.lists import group_heads, parameters
 from maskdsl.codegen.plan import Plan
@@ -74,6 +75,26 @@ def compile_for(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_
     return Compiled(kernel.metadata.shared, count_spills(chip, text, bool(heads)), text)
 
 
+def compile_backward(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, *,
+                     configs: tuple[Config, Config] | None = None) -> dict[str, Compiled]:
+    """Compile the gradients' kernels of a causal mask for one chip, in their default configs."""
+    backward = TritonBackward(simplify(Causal() & mask), None)
+    by_query, by_key = configs or backward.configs(chip, head_dim, value_dim, dtype.itemsize)
+    module = backward.module(by_query, by_key)
+    found = {}
+    for name, config in (("sum_rows", Config(32, 32, 4, 1)), ("query_gradients", by_query),
+                         ("key_gradients", by_key)):
+        constants = row_constants(value_dim, 16, True) if name == "sum_rows" else \
+            backward_constants(config, dtype, head_dim, value_dim, 16)
+        kernel_of = getattr(module, name)
+        source = ASTSource(kernel_of, *signature_of(kernel_of, dtype, constants, set()))
+        kernel = triton.compile(source, target=TARGETS[chip],
+                                options={"num_warps": config.warps, "num_stages": config.stages})
+        text = kernel.asm["ptx"]
+        found[name] = Compiled(kernel.metadata.shared, count_spills(chip, text), text)
+    return found
+
+
 def pointers_of(plans: list[Plan]) -> set[str]:
     """The arguments that point to call-time data."""
     found = [*parameters(merge_lists(tuple(plans))), *score_parameters(plans[0].scores)]
@@ -97,7 +118,9 @@ def signature_of(forward: Any, dtype: torch.dtype, constants: dict[str, Any],
     """Signature, constexprs and attributes as the launcher would specialise them."""
     name = NAMES[dtype]
     types = {"q_ptr": f"*{name}", "k_base": f"*{name}", "v_base": f"*{name}",
-             "out_ptr": f"*{name}", "lse_ptr": "*fp32", "scale": "fp32"}
+             "out_ptr": f"*{name}", "lse_ptr": "*fp32", "scale": "fp32",
+             "scale_log2": "fp32", "delta_ptr": "*fp32", "lse_grad_ptr": "*fp32"}
+    types |= {f"{which}_ptr": f"*{name}" for which in ("grad", "dq", "dk", "dv")}
     types |= {p: "*fp32" if p.startswith("score") else "*i32" for p in pointers}
     types |= {"union_key_rows": f"*{name}", "union_value_rows": f"*{name}"}
     if constants.get("USE_TMA"):

@@ -1,0 +1,121 @@
+"""The gradients' kernels on a real GPU, against dense autograd in float64. Needs CUDA."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from gradient_oracle import check_gradients
+from hypothesis import given, settings
+from oracle import Case, make_inputs
+from strategies import masks, shapes
+
+import maskdsl
+from maskdsl import (
+    BlockDiagonal,
+    Causal,
+    Chunk,
+    Empty,
+    FirstQ,
+    Full,
+    LastQ,
+    Mask,
+    PrefixLM,
+    RandomBlocks,
+    Shape,
+    Sink,
+    Stride,
+    Where,
+    Window,
+)
+
+pytestmark = pytest.mark.gpu
+
+OPTIONS = {"backward": True}
+TRIANGLE = Sink(8) | Window(512) | LastQ(128)
+MASKS: list[tuple[Mask, bool]] = [
+    (TRIANGLE, True), (Full(), True), (Full(), False), (Empty(), True),
+    (Window(100, 30) | FirstQ(5) | Sink(3), False), (Chunk(192) | Stride(128, 5), True),
+    (PrefixLM(130), False), (RandomBlocks(64, 2, seed=1) | Window(128), True),
+    (BlockDiagonal([300, 500, 1200, 4000]), True), (~Window(300), True),
+    (Where(lambda b, h, q, k: q - k < 40 * (h + 1)), True),
+]
+LENGTHS = [(1, 1), (17, 17), (1000, 1000), (1, 1000), (130, 1000), (700, 333), (1500, 1500)]
+
+
+@pytest.mark.parametrize(("mask", "causal"), MASKS, ids=lambda x: repr(x)[:40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_mask_and_length(mask: Mask, causal: bool, dtype: torch.dtype,
+                         backend: str | None) -> None:
+    for q_len, kv_len in LENGTHS:
+        check_gradients(Case(mask, q_len, kv_len, 2, 4, 2, 64, dtype=dtype, causal=causal,
+                             options={**OPTIONS, "backend": backend}), "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("dim", "value_dim"), [
+    (16, 16), (32, 64), (40, 40), (72, 24), (80, 80), (96, 96), (128, 128), (192, 128),
+    (256, 256), (17, 33)])
+def test_head_sizes(dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    check_gradients(Case(TRIANGLE, 1000, 1000, 1, 2, 1, dim, value_dim, dtype, options=OPTIONS),
+                    "cuda")
+    check_gradients(Case(Full(), 500, 700, 1, 2, 1, dim, value_dim, dtype, options=OPTIONS),
+                    "cuda")
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 1), (7, 1), (14, 2), (32, 8), (6, 6)])
+def test_grouped_heads(heads: int, kv_heads: int) -> None:
+    check_gradients(Case(TRIANGLE, 777, 777, 2, heads, kv_heads, 128, dtype=torch.bfloat16,
+                         options=OPTIONS), "cuda")
+
+
+@settings(max_examples=60, deadline=None)
+@given(masks(), shapes(max_len=200))
+def test_random_masks(mask: Mask, shape: Shape) -> None:
+    limit = min((x for m in mask.walk() if (x := m.limit()) is not None), default=1 << 60)
+    if max(shape.q_offset + shape.q_len, shape.kv_len) <= limit:
+        check_gradients(Case(mask, shape.q_len, shape.kv_len, dim=32, causal=False,
+                             dtype=torch.float16, q_offset=shape.q_offset,
+                             total_len=shape.total_len, options=OPTIONS), "cuda")
+
+
+def test_the_same_bits_every_time() -> None:
+    tensors = make_inputs(Case(TRIANGLE, 3000, 3000, 1, 8, 2, 128, dtype=torch.bfloat16), "cuda")
+    attn = maskdsl.compile(TRIANGLE, **OPTIONS)
+    leaves = [t.requires_grad_() for t in tensors]
+    first, second = (torch.autograd.grad(attn(*leaves).square().sum(), leaves) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_memory() -> None:
+    """Beyond inputs, output and gradients: lse, delta and the output's gradient, at 128K."""
+    n, heads = 131072, 4
+    leaves = [t.requires_grad_() for t in make_inputs(
+        Case(TRIANGLE, n, n, 1, heads, 1, 128, dtype=torch.bfloat16), "cuda")]
+    attn = maskdsl.compile(TRIANGLE, **OPTIONS)
+    grad = torch.ones(1, heads, n, 128, device="cuda", dtype=torch.bfloat16)
+    attn(*leaves).backward(grad)
+    for t in leaves:
+        t.grad = None
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = attn(*leaves)
+    out.backward(grad)
+    known = sum(t.nbytes for t in (*leaves, out)) + 2 * 4 * heads * n
+    assert torch.cuda.max_memory_allocated() - before <= known + (8 << 20)
+
+
+def test_a_long_triangle_agrees_with_itself_by_rows() -> None:
+    """32K: the last rows' dq, computed alone against all keys."""
+    n = 32768
+    q, k, v = make_inputs(Case(TRIANGLE, n, n, 1, 2, 1, 128, dtype=torch.bfloat16), "cuda")
+    attn = maskdsl.compile(Causal() & TRIANGLE, causal=False, **OPTIONS)
+    whole = q.clone().requires_grad_()
+    attn(whole, k, v).sum().backward()
+    last = q[:, :, -300:].clone().requires_grad_()
+    attn(last, k, v).sum().backward()
+    assert whole.grad is not None and last.grad is not None
+    torch.testing.assert_close(whole.grad[:, :, -300:], last.grad, atol=2e-3, rtol=2e-2)
