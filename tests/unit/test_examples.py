@@ -15,7 +15,8 @@ from maskdsl import Causal, LastQ, PerHead, Sink, Window
 
 Out = pytest.CaptureFixture[str]
 TESTED = {"quickstart.py", "new_pattern.py", "compare_patterns.py", "head_mixture.py",
-          "document_packing.py", "pictures.ipynb"}
+          "document_packing.py", "pictures.ipynb",
+          "gemma.py"}  # needs the extra `model`: tests/integrations/test_gemma.py
 
 
 def load(project: Path, name: str) -> ModuleType:
