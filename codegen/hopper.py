@@ -61,15 +61,10 @@ class HopperForward:
     def __init__(self, mask: Mask) -> None:
         self.mask = mask
         self.modules: dict[HopperConfig, tuple[Plan, Any]] = {}
-        self.chosen: HopperConfig | None = None  # for trials; default: pick_hopper
-
-    def config(self, group: int, head_dim: int) -> HopperConfig:
-        """The config in use."""
-        return self.chosen or pick_hopper(self.mask, group, head_dim)
 
     def default_plan(self, head_dim: int) -> Plan:
         """The plan for four query heads a key/value head."""
-        return self.kernel(self.config(4, head_dim))[0]
+        return self.kernel(pick_hopper(self.mask, 4, head_dim))[0]
 
     def kernel(self, config: HopperConfig) -> tuple[Plan, Any]:
         """Plan and JIT function for one config."""
@@ -86,7 +81,7 @@ class HopperForward:
 
         batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
         group, device = heads // kv_heads, q.device
-        config = config or self.config(group, q.shape[3])
+        config = config or pick_hopper(self.mask, group, q.shape[3])
         plan, forward = self.kernel(config)
         groups = heads // config.heads_packed
         processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -164,8 +164,8 @@ HOPPER = replace(
             "run; error 0 to 3 %"),
     }),
     sources=(
-        "one run of 2026-11-24/25 (NVIDIA H100 80GB HBM3, medians, noise about 3 %), to be "
-        "superseded by docs/benchmarks/compare.json when that is committed",
+        "one run of 2026-11-24/25 (NVIDIA H100 80GB HBM3, medians, noise about 3 %) that was not "
+        "kept; the later docs/benchmarks/compare.json is predicted within 6 %, median 1.8 %",
         "host time of a call: that of the portable kernel, taken over and not measured",
         *H100.sources[1:3],
     ),

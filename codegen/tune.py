@@ -140,7 +140,8 @@ def _pick(arch: str, size: int, item_size: int, width: float, q_block: int) -> C
     # D = 128, 381 and 459 at D = 64; not measured on Blackwell
     if size <= 64:
         return Config(64, 128, 4, 2) if width >= DENSE_WIDTH else Config(64, 64, 4, 2)
-    # Blocks of 128 x 128 on an H100: 472 TFLOP/s with 128 rows, 455 to 465 with 64
+    # Blocks of 128 x 128 on an H100: 472 TFLOP/s with 128 rows, 455 to 465 with 64 (a trial that
+    # was not kept)
     tall = width >= DENSE_WIDTH or (q_block and q_block % 128 == 0)
     return Config(128, 64, 8, 3) if tall else Config(64, 64, 4, 3)
 
