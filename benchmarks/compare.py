@@ -291,20 +291,31 @@ def work(options: argparse.Namespace, state_file: Path) -> None:
         runner.run(case)
 
 
+def watch(child: subprocess.Popen[bytes], state_file: Path, patience: float) -> str:
+    """Wait for a measuring process to end; kill it when one row takes over `patience` seconds,
+    and say so."""
+    note = ""
+    while child.poll() is None:
+        time.sleep(0.2)
+        state = read_state(state_file)
+        if state["running"] and time.time() - state["since"] > patience:
+            note = f"killed after {patience:.0f} s"
+            child.kill()
+            child.wait()
+    return note
+
+
 def supervise(options: argparse.Namespace, arguments: list[str], state_file: Path) -> State:
     """Start measuring processes until all rows are there; returns the last state."""
     command = [sys.executable, "-m", "benchmarks.compare", *arguments, "--worker"]
     patience = KILL_FACTOR * options.limit + KILL_GRACE
     while True:
         child = subprocess.Popen(command)
-        note = ""
-        while child.poll() is None:
-            time.sleep(0.2)
-            state = read_state(state_file)
-            if state["running"] and time.time() - state["since"] > patience:
-                note = f"killed after {patience:.0f} s"
-                child.kill()
-                child.wait()
+        try:
+            note = watch(child, state_file, patience)
+        finally:  # an interrupt here must not leave a process that measures on
+            child.kill()
+            child.wait()
         state = read_state(state_file)
         if state["running"] is not None:
             row = state["running"] | {"failed": note or f"its process ended ({child.returncode})"}

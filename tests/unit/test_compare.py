@@ -239,14 +239,17 @@ def test_a_process_that_ends_costs_one_row(tmp_path, monkeypatch):
         "import json, os, sys, time\n"
         "path = sys.argv[1]\n"
         "state = json.load(open(path))\n"
+        "def write(state):\n"  # at once, as the real worker does
+        "    with open(path + '.new', 'w') as part: json.dump(state, part)\n"
+        "    os.replace(path + '.new', path)\n"
         "done = [row['kernel'] for row in state['rows']]\n"
         "for name in ('a', 'b', 'c'):\n"
         "    if name in done: continue\n"
         "    row = {'kernel': name}\n"
-        "    json.dump(state | {'running': row, 'since': time.time()}, open(path, 'w'))\n"
+        "    write(state | {'running': row, 'since': time.time()})\n"
         "    if name == 'b': os._exit(11)\n"
         "    state['rows'].append(row | {'ms': 1.0})\n"
-        "    json.dump(state | {'running': None}, open(path, 'w'))\n")
+        "    write(state | {'running': None})\n")
     compare.write_state(state, compare.read_state(state))
     start = compare.subprocess.Popen
     monkeypatch.setattr(compare.subprocess, "Popen",
