@@ -14,7 +14,17 @@ from typing import Any
 import torch
 
 import maskdsl
-from benchmarks.measure import DIM, HEADS, KV_HEADS, MASKS, Report, make_inputs, mask_of, time_ms
+from benchmarks.measure import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    MASKS,
+    Report,
+    device,
+    make_inputs,
+    mask_of,
+    time_ms,
+)
 from maskdsl import Causal, Mask, VerticalSlash, VSIndices
 
 LENGTH = 131072
@@ -25,15 +35,15 @@ def make_indices(length: int, vertical: int, slash: int, heads: int, run: int,
                  seed: int = 0) -> VSIndices:
     """Random columns, and slashes in runs of `run` neighbours from multiples of it, 0.. among them;
     others in every head."""
-    generator = torch.Generator(device="cuda").manual_seed(seed)
+    generator = torch.Generator(device=device()).manual_seed(seed)
 
     def draw(size: int, count: int) -> torch.Tensor:
-        order = torch.rand(1, heads, size, device="cuda", generator=generator)
+        order = torch.rand(1, heads, size, device=device(), generator=generator)
         order[..., 0] = 2  # the first column, the first run: always there
         return order.topk(count).indices
 
     starts = draw(length // run, slash // run) * run
-    near = torch.arange(run, device="cuda")
+    near = torch.arange(run, device=device())
     slashes = (starts[..., None] + near).flatten(-2)
     return VSIndices(draw(length, vertical).int(), slashes.int())
 
