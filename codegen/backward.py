@@ -98,6 +98,12 @@ class TritonBackward:
         return tuple(replace(plan, scores=self.scores, lists=replace(plan.lists, columns=columns))
                      for plan in plans)
 
+    def source(self, by_query: Config, by_key: Config) -> str:
+        """The kernel file for two configs."""
+        heads = tuple(len(heads) for heads, _ in self.kinds if heads)
+        return emit_backward(self.plans(by_query), tuple(map(make_key_plan, self.plans(by_key))),
+                             self.plans(score_config(by_key)), heads)
+
     def kernels(self, by_query: Config, by_key: Config) -> GradientKernels:
         """The kernels for two configs, written on first use."""
         if (by_query, by_key) not in self.made:
@@ -105,7 +111,7 @@ class TritonBackward:
             plans = self.plans(by_query)
             by_keys = tuple(map(make_key_plan, self.plans(by_key)))
             scored = self.plans(score_config(by_key))
-            module = load_module(emit_backward(plans, by_keys, scored, tuple(map(len, heads))))
+            module = load_module(self.source(by_query, by_key))
             tiles = tuple(load_module(emit_lister(plan)).list_tiles if plan.lists.tables else None
                           for plan in plans)
             rows = tuple(load_module(emit_row_lister(one)).list_rows

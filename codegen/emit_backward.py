@@ -18,7 +18,13 @@ from maskdsl.codegen.emit_key_walk import (
 from maskdsl.codegen.emit_lists import names_text, parameters_text, setup_lines
 from maskdsl.codegen.emit_rows import lists_rows, slot_parameters, take_helpers
 from maskdsl.codegen.emit_score_gradients import score_gradients
-from maskdsl.codegen.emit_scores import HELPERS, back_lines, score_lines, score_parameters
+from maskdsl.codegen.emit_scores import (
+    HELPERS,
+    back_lines,
+    score_lines,
+    score_parameters,
+    weight_text,
+)
 from maskdsl.codegen.emit_walk import (
     INDENT,
     LOADS,
@@ -110,12 +116,6 @@ def end_names(scores: tuple[ScoreMod, ...], suffix: str) -> list[str]:
             if isinstance(mod, RelativePosition) for end in ("low", "high")]
 
 
-def weight_text(scores: tuple[ScoreMod, ...], axis: str) -> str:
-    """The line that makes probabilities of scores; modified scores are scaled already."""
-    factor = "1.4426950408889634" if scores else "scale_log2"
-    return f"weights = tl.math.exp2(scores * {factor} - lse{axis})"
-
-
 def query_step(scores: tuple[ScoreMod, ...]) -> Step:
     """What dQ takes from a key tile."""
     gradient = (
@@ -124,14 +124,13 @@ def query_step(scores: tuple[ScoreMod, ...]) -> Step:
         *back_lines(scores, ends=True),
         "acc = tl.dot(grad_scores.to(keys.dtype), keys, acc, input_precision=PRECISION)")
     modify = score_lines(scores, keep=True) if scores else ()
-    weights = weight_text(scores, "[:, None]")
+    weights, live_weights = (weight_text(scores, "[:, None]", tested) for tested in (False, True))
 
     def full(plan: Plan) -> tuple[str, ...]:
         return (SCORES, *((KEYS, *modify) if modify else ()), weights, *gradient)
 
     def masked(plan: Plan, test: Test) -> tuple[str, ...]:
         keys = (KEYS,) if modify and not names_keys(test) else ()
-        return (*test.loads, SCORES, *test.lines, *keys, *modify, weights,
-                "weights = tl.where(live, weights, 0.0)", *gradient)
+        return (*test.loads, SCORES, *test.lines, *keys, *modify, live_weights, *gradient)
 
     return Step(NO_TMA, full, masked, QUERY_STATE | frozenset(end_names(scores, "")))

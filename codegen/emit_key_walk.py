@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from maskdsl.codegen.emit_rows import LIST_SETUP, lists_rows, loop_setup, outside_text
-from maskdsl.codegen.emit_scores import LOG2_E, Spots, back_lines, score_lines
+from maskdsl.codegen.emit_scores import Spots, back_lines, score_lines, weight_text
 from maskdsl.codegen.emit_walk import indent, loop_names, virtual_lines
 from maskdsl.codegen.listing import Lists, Parameter, Segment
 from maskdsl.codegen.members import LANES, live_lines, test_loose, test_static
@@ -22,7 +22,6 @@ ROW_LOADS = (
     "delta = tl.load(delta_ptr + rows + row, mask=row < q_len, other=0.0)",
 )
 SCORES = "scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)"
-DEAD = "weights = tl.where(live, weights, 0.0)"
 COLUMN_SETUP = (
     "columns_at = (batch * columns_batch + kv_head // columns_share).to(tl.int64)",
     "columns_place = count_below(columns_marks + columns_at * columns_words,",
@@ -65,14 +64,13 @@ def key_step(scores: tuple[ScoreMod, ...], loads: tuple[str, ...], test: tuple[s
     loads, test  lines before the scores and after; no test: every pair is live
     across       the test is of [queries, keys]
     """
-    factor = LOG2_E if scores else "scale_log2"
-    dead = (*test, *(("live = tl.trans(live)",) if across else ()), DEAD) if test else ()
+    live = (*test, *(("live = tl.trans(live)",) if across else ()))
     modify: tuple[str, ...] = ()
     if scores:
         modify = ("p_across = (q_offset + row)[None, :]", "k_down = key[:, None]",
                   *score_lines(scores, Spots("p_across", "row[None, :]", "k_down"), keep=True))
-    return (*ROW_LOADS, *loads, SCORES, *modify,
-            f"weights = tl.math.exp2(scores * {factor} - lse[None, :])", *dead,
+    return (*ROW_LOADS, *loads, SCORES, *modify, *live,
+            weight_text(scores, "[None, :]", bool(test)),
             "value_acc = tl.dot(weights.to(grads.dtype), grads, value_acc, "
             "input_precision=PRECISION)",
             "grad_scores = tl.dot(values, tl.trans(grads), input_precision=PRECISION)",

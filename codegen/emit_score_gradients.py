@@ -11,7 +11,7 @@ from maskdsl.codegen.emit import merge_lists, read_template
 from maskdsl.codegen.emit_key_walk import ROW_LOADS, key_slots
 from maskdsl.codegen.emit_lists import names_text, parameters_text
 from maskdsl.codegen.emit_rows import slot_parameters
-from maskdsl.codegen.emit_scores import LOG2_E, back_lines, score_lines, score_parameters
+from maskdsl.codegen.emit_scores import back_lines, score_lines, score_parameters, weight_text
 from maskdsl.codegen.emit_walk import INDENT, branch_text, indent
 from maskdsl.codegen.listing import Parameter
 from maskdsl.codegen.members import LANES, Test, test_any, test_static
@@ -96,8 +96,7 @@ def pair_lines(plan: Plan, test: Test, i: int) -> tuple[str, ...]:
         *test.loads, "scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)",
         "p = (q_offset + row)[:, None]", *plan.rows, *test.lines,
         *score_lines(plan.scores, keep=True),
-        f"weights = tl.math.exp2(scores * {LOG2_E} - lse[:, None])",
-        "weights = tl.where(live, weights, 0.0)",
+        weight_text(plan.scores, "[:, None]", True),
         "grad_scores = tl.dot(grads, tl.trans(values), input_precision=PRECISION)",
         "grad_scores = weights * (grad_scores - delta[:, None])",
         *back_lines(plan.scores, upto=i))

@@ -113,6 +113,17 @@ def score_lines(scores: tuple[ScoreMod, ...], at: Spots = Spots(),
     return tuple(lines)
 
 
+def weight_text(scores: tuple[ScoreMod, ...], axis: str, tested: bool) -> str:
+    """The line that makes probabilities of scores and the lse; modified scores are scaled already.
+
+    tested  `live` tells the pairs that have one; the score of a dead pair may lie far above the lse
+    """
+    power = f"scores * {LOG2_E if scores else 'scale_log2'} - lse{axis}"
+    if tested:
+        power = f'tl.where(live, {power}, float("-inf"))'
+    return f"weights = tl.math.exp2({power})"
+
+
 def back_lines(scores: tuple[ScoreMod, ...], ends: bool = False,
                upto: int = -1) -> tuple[str, ...]:
     """Lines that lead `grad_scores` back from modified scores to scaled ones.

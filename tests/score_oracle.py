@@ -48,7 +48,7 @@ def modified_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, live: 
 
 
 def make_data(mods: tuple[ScoreMod, ...], shape: Shape, seed: int, lead: tuple[int, int],
-              dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+              dtype: torch.dtype = torch.float32, heads: int = HEADS) -> dict[str, torch.Tensor]:
     """Random tensors for all modifiers that take one; a bias takes some pairs away."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -63,7 +63,7 @@ def make_data(mods: tuple[ScoreMod, ...], shape: Shape, seed: int, lead: tuple[i
         elif isinstance(mod, RelativePosition):
             made[mod.name] = draw(lead[1], 2 * mod.reach + 1)
         elif isinstance(mod, SinkLogits):
-            made[mod.name] = draw(HEADS)
+            made[mod.name] = draw(heads)
     return made
 
 

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Case, make_inputs
 from strategies import masks, shapes
-from test_ahead import run_program
 
 import maskdsl
 from maskdsl import (
@@ -199,34 +198,3 @@ def test_the_torch_backend_takes_the_option() -> None:
     maskdsl.compile(TRIANGLE, backend="torch", backward=True)(q.requires_grad_(), k, v).sum() \
         .backward()
     assert q.grad is not None
-
-
-PROGRAM = """
-import json, sys, torch
-from ahead import SHARED_LIMIT, compile_backward
-from maskdsl import Chunk, Full, LastQ, PrefixLM, RandomBlocks, Sink, Stride, Window
-triangle = Sink(8) | Window(512) | LastQ(128)
-bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-chip, rows = sys.argv[1], []
-for mask, dtype, dim, value_dim in [
-    (triangle, bf16, 128, 128), (triangle, bf16, 64, 64), (Full(), fp16, 80, 80),
-    (triangle, bf16, 256, 256), (triangle, bf16, 192, 128), (triangle, fp32, 64, 64),
-    (Chunk(8192) | Stride(300), bf16, 128, 128), (RandomBlocks(64, 3) | Window(192), bf16, 64, 64),
-]:
-    for name, c in compile_backward(chip, mask, dtype, dim, value_dim).items():
-        rows.append({"what": f"{name} {mask!r} {dtype} {dim}/{value_dim}", "shared": c.shared,
-                     "spills": c.spills, "limit": SHARED_LIMIT[chip],
-                     "fits": dtype != fp32 and dim <= 128,
-                     "wgmma": "wgmma.mma_async" in c.text or name == "sum_rows"})
-print(json.dumps(rows))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
-def test_backward_kernels_compile_well(chip: str) -> None:
-    for row in run_program(PROGRAM, chip):
-        assert row["spills"] == 0, row
-        assert row["shared"] <= row["limit"], row
-        if chip == "sm_90" and row["fits"]:
-            assert row["wgmma"], row
