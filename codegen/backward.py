@@ -33,7 +33,7 @@ from maskdsl.codegen.kernel import (
     live_strides,
     slot_arguments,
 )
-from maskdsl.codegen.lists import group_heads
+from maskdsl.codegen.lists import group_heads, sort_atoms
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan, mean_row_width
 from maskdsl.codegen.row_bounds import KeyPlan, make_key_plan
@@ -89,7 +89,9 @@ class TritonBackward:
         """The configs of the walks by query tile and by key tile."""
         if self.chosen is not None:
             return self.chosen, self.chosen
-        return pick_backward(arch, head_dim, value_dim, item_size)
+        more = bool(self.scores) or len(self.kinds) > 1 or any(
+            sort_atoms(one).listed for _, one in self.kinds)
+        return pick_backward(arch, head_dim, value_dim, item_size, more)
 
     def plans(self, config: Config) -> tuple[Plan, ...]:
         """A plan for each kind of head; all of them read one list of columns."""
@@ -273,9 +275,10 @@ class Run:
 
 
 def score_config(config: Config) -> Config:
-    """The config of the kernels for score modifiers' data: no more rows than keys a tile."""
-    sizes = config.block_m, config.block_n
-    return replace(config, block_m=min(sizes), block_n=max(sizes))
+    """The config of the kernels for score modifiers' data: no more rows than keys a tile. Small
+    tiles do not spill (compiled)."""
+    block = min(config.block_n, 32)
+    return replace(config, block_m=min(config.block_m, 16), block_n=block, warps=4, stages=1)
 
 
 def without_keys(scores: tuple[ScoreMod, ...], given: list[Tensor | None],

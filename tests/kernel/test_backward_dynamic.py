@@ -124,7 +124,8 @@ def gradients(attn: maskdsl.api.Attention, leaves: list[torch.Tensor], data: dic
 
 def test_only_what_is_asked_for_and_the_same_bits_every_time() -> None:
     leaves = [t.requires_grad_() for t in make_inputs(Case(TRIANGLE, 40, 40, 1, 2, 1, 16), "cpu")]
-    data = {n: t.requires_grad_() for n, t in make_data(MODS, Shape(40, 40), 0, (1, 1), heads=2).items()}
+    made = make_data(MODS, Shape(40, 40), 0, (1, 1), heads=2)
+    data = {name: t.requires_grad_() for name, t in made.items()}
     attn = maskdsl.compile(VerticalSlash("vs") | TRIANGLE, scores=MODS, **OPTIONS)
     first, second = (gradients(attn, leaves, data | {"vs": VS}) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
