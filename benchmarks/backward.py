@@ -63,7 +63,9 @@ def measure(run: Run, leaves: tuple[torch.Tensor, ...],
 
 def run(report: Report) -> None:
     """Both triangles and dense causal attention."""
-    torch._functorch.config.donated_buffer = False  # FlexAttention's backward runs many times
+    from torch._functorch import config
+
+    config.donated_buffer = False  # FlexAttention's backward runs many times
     for pattern in (TRIANGLES[1], TRIANGLES[0], Pattern()):
         leaves = tuple(t.requires_grad_() for t in make_inputs(LENGTH))
         grad = torch.randn_like(leaves[0])

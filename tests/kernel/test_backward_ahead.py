@@ -44,7 +44,8 @@ cases = {"static": static, "listed": listed}[which]
 for i, (mask, scores, dtype, dim, value_dim) in enumerate(cases):
     for name, c in compile_backward(chip, mask, dtype, dim, value_dim, scores=scores).items():
         rows.append({"what": f"{name} {mask!r} {scores!r} {dtype} {dim}/{value_dim}",
-                     "last": which == "listed" and i >= len(cases) - 3, "shared": c.shared, "spills": c.spills, "limit": SHARED_LIMIT[chip],
+                     "last": which == "listed" and i >= len(cases) - 3, "shared": c.shared,
+                     "spills": c.spills, "limit": SHARED_LIMIT[chip],
                      "fits": dtype != fp32 and dim <= 128 and name in (
                          "query_gradients", "key_gradients", "column_gradients"),
                      "wgmma": "wgmma.mma_async" in c.text})
