@@ -95,7 +95,7 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
     figure.savefig(path)
 
 
-def main(steps: int = 300, sizes: tuple[int, int, int, int] | None = None,
+def main(steps: int = 400, sizes: tuple[int, int, int, int] | None = None,
          path: str = "train.png") -> dict[str, list[float]]:
     """Train both, compare, draw; returns the curves."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,7 +119,7 @@ def main(steps: int = 300, sizes: tuple[int, int, int, int] | None = None,
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--picture", default="train.png")
     arguments = parser.parse_args()
     main(arguments.steps, path=arguments.picture)
