@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from maskdsl.codegen.emit import count_text, indent, read_template
+from maskdsl.codegen.emit import count_text, read_template
+from maskdsl.codegen.emit_walk import indent
 from maskdsl.codegen.listing import Segment
 from maskdsl.codegen.plan import Plan
 

@@ -16,10 +16,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from maskdsl.atoms import Causal
+from maskdsl.codegen.backward import (
+    GradientKernels,
+    TritonBackward,
+    backward_constants,
+    row_constants,
+    score_config,
+)
 from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit import emit_kernels, emit_lister, merge_lists
+from maskdsl.codegen.emit_backward import key_parameters, query_parameters
+from maskdsl.codegen.emit_rows import row_parameters
 from maskdsl.codegen.emit_scores import score_parameters
-from maskdsl.codegen.gradients import TritonBackward, backward_constants, row_constants
 from maskdsl.codegen.kernel import kernel_constants
 from maskdsl.codegen.lists import group_heads, parameters
 from maskdsl.codegen.plan import Plan
@@ -76,23 +84,45 @@ def compile_for(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_
 
 
 def compile_backward(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, *,
-                     configs: tuple[Config, Config] | None = None) -> dict[str, Compiled]:
-    """Compile the gradients' kernels of a causal mask for one chip, in their default configs."""
-    backward = TritonBackward(simplify(Causal() & mask), None)
+                     causal: bool = True, configs: tuple[Config, Config] | None = None,
+                     scores: tuple[ScoreMod, ...] = ()) -> dict[str, Compiled]:
+    """Compile the gradients' kernels of a mask for one chip, in their default configs."""
+    backward = TritonBackward(simplify(Causal() & mask if causal else mask), None, scores)
     by_query, by_key = configs or backward.configs(chip, head_dim, value_dim, dtype.itemsize)
-    module = backward.module(by_query, by_key)
+    kernels = backward.kernels(by_query, by_key)
     found = {}
-    for name, config in (("sum_rows", Config(32, 32, 4, 1)), ("query_gradients", by_query),
-                         ("key_gradients", by_key)):
+    names = ["sum_rows", "query_gradients", "key_gradients", "column_gradients",
+             *(f"{what}_gradients{i}" for i in range(len(scores)) for what in ("bias", "table"))]
+    for name in names:
+        if not hasattr(kernels.module, name):
+            continue
+        config = {"sum_rows": Config(32, 32, 4, 1), "query_gradients": by_query}.get(name, by_key)
+        if name[-1].isdigit():
+            config = score_config(by_key)
         constants = row_constants(value_dim, 16, True) if name == "sum_rows" else \
             backward_constants(config, dtype, head_dim, value_dim, 16)
-        kernel_of = getattr(module, name)
-        source = ASTSource(kernel_of, *signature_of(kernel_of, dtype, constants, set()))
-        kernel = triton.compile(source, target=TARGETS[chip],
-                                options={"num_warps": config.warps, "num_stages": config.stages})
-        text = kernel.asm["ptx"]
-        found[name] = Compiled(kernel.metadata.shared, count_spills(chip, text), text)
+        found[name] = compile_kernel(chip, getattr(kernels.module, name), dtype, constants, config,
+                                     kernels, bool(kernels.heads))
+    for i, lister in enumerate(kernels.listers):
+        if lister is not None:
+            constants = {"BLOCK_M": by_key.block_m, "BLOCK_N": by_key.block_n, "CHUNK": 256}
+            found[f"list_rows{i}"] = compile_kernel(chip, lister, dtype, constants,
+                                                    Config(16, 16, 4, 3), kernels, False)
     return found
+
+
+def compile_kernel(chip: str, kernel_of: Any, dtype: torch.dtype, constants: dict[str, Any],
+                   config: Config, kernels: GradientKernels, serial: bool) -> Compiled:
+    """Compile one of the gradients' kernels."""
+    plans = tuple(one.plan for one in kernels.by_key)
+    found = [*query_parameters(kernels.query.plans, kernels.heads),
+             *key_parameters(plans, kernels.heads), *row_parameters(merge_lists(plans))]
+    pointers = {p.name for p in found if p.is_pointer} | {"head_order", "head_kinds"}
+    source = ASTSource(kernel_of, *signature_of(kernel_of, dtype, constants, pointers))
+    kernel = triton.compile(source, target=TARGETS[chip],
+                            options={"num_warps": config.warps, "num_stages": config.stages})
+    text = kernel.asm["ptx"]
+    return Compiled(kernel.metadata.shared, count_spills(chip, text, serial), text)
 
 
 def pointers_of(plans: list[Plan]) -> set[str]:
@@ -121,7 +151,8 @@ def signature_of(forward: Any, dtype: torch.dtype, constants: dict[str, Any],
              "out_ptr": f"*{name}", "lse_ptr": "*fp32", "scale": "fp32",
              "scale_log2": "fp32", "delta_ptr": "*fp32", "lse_grad_ptr": "*fp32"}
     types |= {f"{which}_ptr": f"*{name}" for which in ("grad", "dq", "dk", "dv")}
-    types |= {p: "*fp32" if p.startswith("score") else "*i32" for p in pointers}
+    types |= {p: "*fp32" if p.startswith(("score", "column_d")) else "*i32" for p in pointers}
+    types["data_grad_ptr"] = "*fp32"
     types |= {"union_key_rows": f"*{name}", "union_value_rows": f"*{name}"}
     if constants.get("USE_TMA"):
         for arg, block in (("k_base", "QK_BLOCK"), ("v_base", "V_BLOCK")):

@@ -126,12 +126,12 @@ print(json.dumps(rows))
 """
 
 
-def run_program(program: str, chip: str) -> list[dict[str, Any]]:
+def run_program(program: str, *arguments: str) -> list[dict[str, Any]]:
     """The rows a program prints, run where kernels are compiled, not interpreted."""
     tests = Path(__file__).parents[1]
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", program, chip], text=True,
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", program, *arguments], text=True,
                          capture_output=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     rows: list[dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
