@@ -1,0 +1,140 @@
+"""From a plan with call-time data to the source of one Gluon file for Hopper.
+
+The template is that of static masks; what finds an item's grains and masks them is another.
+"""
+
+from __future__ import annotations
+
+import re
+
+from maskdsl.codegen.emit import indent, read_template
+from maskdsl.codegen.emit_hopper import (
+    LETTER,
+    common_pieces,
+    fill_template,
+    in_gluon,
+    words,
+)
+from maskdsl.codegen.emit_hopper_lists import (
+    find_lines,
+    has_sides,
+    join_lines,
+    kernel_parameters,
+    more_names,
+    numbers_of,
+    place_functions,
+    state_line,
+)
+from maskdsl.codegen.hopper_list_masks import mask_functions
+from maskdsl.codegen.plan import Plan
+
+LETTER_SIZE = 64
+LOAD_SIDES = (
+    "for t in range(0, state[0]):",
+    "    for side in gl.static_range(2):",
+    "        k_slot, k_phase, v_slot, v_phase = load_side(",
+    "            (SIDE if side == 0 else OTHER_SIDE) + t * TILE, k_desc, v_desc, k_grain_desc,",
+    "            v_grain_desc, k_s, v_s, k_grains, v_grains, k_full, k_empty, v_full, v_empty,",
+    "            k_slot, k_phase, v_slot, v_phase, batch, kv_head, state, BLOCK_N, GRAIN, K_SLOTS,",
+    "            V_SLOTS)",
+)
+AFTER_SIDES = (
+    "if WARP_GROUP == 0:",
+    "    if sides > 0:  # values of the other warp group's last tile",
+    "        mbarrier.wait(v_full.index(v_slot), v_phase)",
+    "        mbarrier.arrive(v_empty.index(v_slot), count=1)",
+    "        v_slot, v_phase = advance(v_slot, v_phase, V_SLOTS)",
+)
+LISTED_FULL = (
+    "else:",
+    "    # FULL grains of a table need not be neighbours",
+    "    listed = (n - masked_steps) * TILE - state[{}]",
+    "    if listed >= 0:",
+    "        place = FULLS + listed",
+    "        start = start_of(place, loose, state, GRAIN)",
+    "        end = start_of(place + TILE - 1, loose, state, GRAIN)",
+    "        scattered = end - start != BLOCK_N - GRAIN",
+)
+COPY = """\
+            tma.async_copy_global_to_shared(desc, [batch, kv_head, start, half * WIDTH], bar,
+                                            grains.index(place))
+"""
+COPY_COLUMNS = (
+    "if (start >= COLUMNS_AT) & (start < FAR):",
+    "    tma.async_copy_global_to_shared(",
+    "        column_desc, [batch, state[{}], start - COLUMNS_AT, half * WIDTH], bar,",
+    "        grains.index(place))",
+    "else:",
+    "    tma.async_copy_global_to_shared(desc, [batch, kv_head, start, half * WIDTH], bar,",
+    "                                    grains.index(place))",
+)
+
+
+def fits_listed_letter(plan: Plan) -> bool:
+    """Whether what an item must know fits a letter."""
+    return len(LETTER) + len(numbers_of(plan).names) - 2 <= LETTER_SIZE
+
+
+def emit_listed(plan: Plan) -> str:
+    """The kernel file of a plan whose tiles are grains; equal plans give equal text."""
+    names = [*LETTER, *numbers_of(plan).names[2:]]
+    first = len(LETTER)
+    write = (*(f"text = gl.where(place == {i}, {name}, text)" for i, name in enumerate(LETTER)),
+             "# what the planner wrote about this item: numbers 2, 3, ... of its row",
+             f"more = gl.load(here + (place - {first - 2}), mask=(place >= {first}) & "
+             f"(place < {len(names)}), other=0)",
+             f"text = gl.where(place < {first}, text, more)")
+    sides = has_sides(plan)
+    join = in_gluon(join_lines(plan))
+    pieces = common_pieces(plan) | {
+        "    # <BOUNDS>\n": indent(find_lines(plan)),
+        "# <MASK_TILE>\n": mask_functions(plan) +
+                           (read_template("hopper_side_functions") if sides else ""),
+        "    # <WRITE>\n": indent(write),
+        "    # <READ>\n": indent((f"return ({words(0, first)},",
+                                 f"        ({words(first, len(names))},))")),
+        "    # <STATE>\n": indent(("here, = state",)),
+        "        # <JOIN_STATE>\n": indent(join, 2),
+        "    # <JOIN_STATE>\n": indent(join),
+        "            # <LOAD_SIDES>\n": indent(LOAD_SIDES, 3) if sides else "",
+        "        # <SIDES>\n": read_template("hopper_sides") if sides else "",
+        "        # <AFTER_SIDES>\n": indent(AFTER_SIDES, 2) if sides else "",
+        "    # <LISTED_FULL>\n": listed_full(plan),
+        "<LETTER_SIZE>": str(LETTER_SIZE),
+        "<MORE>": "".join(f", {name}" for name in more_names(plan)),
+    }
+    return fill_template(listed_template(plan), pieces)
+
+
+def state_index(plan: Plan, name: str) -> int:
+    """Where a number stands in the joined state."""
+    return [part.strip() for part in state_line(plan).split(",")].index(name)
+
+
+def listed_full(plan: Plan) -> str:
+    """How a step finds the FULL grains of a table."""
+    if not plan.lists.tables:
+        return ""
+    place = state_index(plan, "static_full")
+    return indent(tuple(line.format(place) for line in LISTED_FULL))
+
+
+def listed_template(plan: Plan) -> str:
+    """The template of static masks with other functions for grains, and more arguments."""
+    text = read_template("hopper")
+    start, stop = text.index("@gluon.jit\ndef grain_at"), text.index("# <MASK_TILE>\n")
+    text = text[:start] + read_template("hopper_lists") + place_functions(plan) + text[stop:]
+    text = re.sub(r"\btotal_len(?=[,)])", "total_len<MORE>", text)
+    numbers = [f'"{p.name}"' for p in kernel_parameters(plan) if not p.is_pointer]
+    text = text.replace('"total_len"]', f'"total_len", {", ".join(numbers)}]')
+    if plan.lists.columns:
+        assert COPY in text, "the template's copy of a grain has changed"
+        head = state_index(plan, "column_head")
+        text = text.replace(COPY, indent(tuple(line.format(head) for line in COPY_COLUMNS), 3))
+        text = text.replace("def load_loose(desc,", "def load_loose(desc, column_desc,")
+        for name in ("k", "v"):
+            text = text.replace(f"load_loose({name}_grain_desc,",
+                                f"load_loose({name}_grain_desc, {name}_column_desc,")
+        text = text.replace("k_grain_desc, v_grain_desc,",
+                            "k_grain_desc, v_grain_desc, k_column_desc, v_column_desc,")
+    return text
