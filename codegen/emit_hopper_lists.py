@@ -25,6 +25,7 @@ from maskdsl.codegen.emit_lists import (
 from maskdsl.codegen.listing import Parameter, Segment
 from maskdsl.codegen.lists import atom_parameters, list_parameters
 from maskdsl.codegen.plan import Plan
+from maskdsl.dynamic import ListMask
 
 SETS = ("both", "zero", "one")  # whose rows see a grain at a distance: both warp groups', or one's
 GRAINS = 4  # of a tile
@@ -108,9 +109,16 @@ def numbers_of(plan: Plan) -> Numbers:
     sides = f"tl.cdiv(tl.maximum(zero_total, one_total), {GRAINS})" if has_sides(plan) else "0"
     lines += [f"sides = {sides}", f"loose = {ends[-1]}",
               "full = static_full" + (" + full_listed_whole" if plan.lists.tables else "")]
-    names = ["sides", *names, *ends[1:], *more]
+    names = ["sides", *names, *ends[1:], *more, *row_names(plan)]
     return Numbers(tuple(lines), ("loose", "full", *dict.fromkeys(names)), (loose, full), places,
                    columns, stop)
+
+
+def row_names(plan: Plan) -> list[str]:
+    """The rows of the call's data that serve an item's heads: divisions the planner does."""
+    names = [f"slot_{atom.slot}_row" for atom in plan.lists.atoms if isinstance(atom, ListMask)]
+    names += ["slash_row"] if plan.lists.slashes else []
+    return names + (["column_row", "column_head"] if plan.lists.columns else [])
 
 
 def hull_names(plan: Plan) -> list[str]:
@@ -163,6 +171,7 @@ def planner_parameters(plan: Plan) -> list[Parameter]:
     """The planner's arguments beyond lengths and heads."""
     found = [p for atom in plan.lists.atoms for p in atom_parameters(atom)]
     found += [p for p in list_parameters(plan.lists) if not p.name.endswith("_rows")]
+    found += [Parameter("union_copy_share", False)] if plan.lists.columns else []
     return [*found, Parameter("union_plan", True)]
 
 
@@ -181,6 +190,8 @@ def emit_planner(plan: Plan) -> str:
             setup += [f"{name}_row = (batch * {at}_batch + head // {at}_share).to(tl.int64)",
                       f"{at}_marks += {name}_row * {sets} * {at}_words",
                       f"{at}_before += {name}_row * {sets} * {at}_words"]
+    if lists.columns:
+        setup.append("column_head = head // union_copy_share")
     found = planner_parameters(plan)
     stores = tuple(f"tl.store(here + {i}, {name})" for i, name in enumerate(numbers.names))
     pieces = {
@@ -218,8 +229,8 @@ def kernel_parameters(plan: Plan) -> list[Parameter]:
                *(["tile_capacity", "tile_words"] if plan.lists.tables else []),
                *(f"{kind}_{n}" for kind, made in (("slash", plan.lists.slashes),
                                                   ("column", plan.lists.columns)) if made
-                 for n in ("capacity", "words", "batch", "share")),
-               *(["copy_share"] if plan.lists.columns else [])]
+                 for n in ("capacity", "words"))]
+    found = [p for p in found if not p.name.endswith("_share")]
     return [*found, *(Parameter(f"union_{n}", True) for n in names),
             *(Parameter(f"union_{n}", False) for n in numbers)]
 
@@ -227,6 +238,17 @@ def kernel_parameters(plan: Plan) -> list[Parameter]:
 def more_names(plan: Plan) -> list[str]:
     """The names of those arguments."""
     return [p.name for p in kernel_parameters(plan)]
+
+
+def setup_lines(plan: Plan) -> list[str]:
+    """Lines that lead every slot's data to this batch entry and head; the rows are known."""
+    lines = []
+    for atom in plan.lists.atoms:
+        made = atom_setup(atom)
+        if isinstance(atom, ListMask):
+            made[0] = f"slot_{atom.slot}_row = gl.cast(slot_{atom.slot}_row, gl.int64)"
+        lines += made
+    return lines
 
 
 def find_lines(plan: Plan) -> tuple[str, ...]:
@@ -248,11 +270,8 @@ def join_lines(plan: Plan) -> tuple[str, ...]:
         lines.append(f"{name} = {to}")
         found.append(name)
 
-    def row(kind: str) -> str:
-        return (f"gl.cast(batch * union_{kind}_batch + head // union_{kind}_share, gl.int64)")
-
     if lists.slashes:
-        lines.append(f"slash_row = {row('slash')}")
+        lines.append("slash_row = gl.cast(slash_row, gl.int64)")
         point("slash_list", "union_slash_list + "
                             f"slash_row * ({len(sets_of(plan))} * union_slash_capacity)")
         found.append("union_slash_capacity")
@@ -264,11 +283,10 @@ def join_lines(plan: Plan) -> tuple[str, ...]:
         point("tile_bits", "union_tile_bits + tile_place * union_tile_words")
         found.append("union_tile_capacity")
     if lists.columns:
-        lines.append(f"column_row = {row('column')}")
+        lines.append("column_row = gl.cast(column_row, gl.int64)")
         point("column_list", "union_column_list + column_row * union_column_capacity")
         point("column_marks", "union_column_marks + column_row * union_column_words")
         point("column_before", "union_column_before + column_row * union_column_words")
-        point("column_head", "head // union_copy_share")
     return (*lines, f"state = ({', '.join(found)},)")
 
 
@@ -283,36 +301,42 @@ def start_lines(plan: Plan) -> tuple[str, ...]:
     lines = [state_line(plan), f"start = ({numbers.static[0].text}) * GRAIN"]
     last = "static_end"
     if "both" in numbers.places:
-        lines += ["# listed distances", "there = (i >= static_end) & (i < both_end)",
-                  f"at = {of(numbers.places['both'], 'i - static_end')}"]
-        for n, (which, base) in enumerate((("zero", "SIDE"), ("one", "OTHER_SIDE")), start=1):
-            if which in numbers.places:
-                lines += [f"side{n} = (i >= {base}) & (i < {base} + {which}_total)",
-                          f"at = tl.where(side{n}, {of(numbers.places[which], f'i - {base}')} + "
-                          f"{n} * union_slash_capacity, at)",
-                          f"there = there | side{n}"]
-        lines += ["distance = tl.load(slash_list + tl.where(there, at, 0), mask=there, other=0)",
+        lines += ["there = (i >= static_end) & (i < both_end)",
+                  # keys rise from grain to grain, distances fall
+                  f"at = {of(numbers.places['both'], 'both_end - 1 - i')}",
+                  "distance = tl.load(slash_list + tl.where(there, at, 0), mask=there, other=0)",
                   "start = tl.where(there, p_first - distance, start)"]
         last = "both_end"
     if plan.lists.tables:
         lines += ["# grains of tables: those live in part stand at the end of the list",
                   f"part = (i >= {last}) & (i < rest_end)",
-                  f"at = tl.where(i < part_end, union_tile_capacity - 1 - (i - {last}),",
-                  "              full_listed_whole + (i - part_end))",
+                  f"at = tl.where(i < part_end, union_tile_capacity - 1 - (i - {last}), "
+                  "full_listed_whole + (i - part_end))",
                   "whole = (i >= FULLS) & (i < FULLS + full_listed_whole)",
-                  "at = tl.where(whole, i - FULLS, at)", "part = part | whole",
-                  "tile = tl.load(tile_list + tl.where(part, at, 0), mask=part, other=0)",
-                  "start = tl.where(part, tile * GRAIN, start)"]
+                  "at = tl.where(whole, i - FULLS, at)",
+                  "tile = tl.load(tile_list + tl.where(part | whole, at, 0), mask=part | whole, "
+                  "other=0)",
+                  "start = tl.where(part | whole, tile * GRAIN, start)"]
         last = "rest_end"
     if numbers.columns is not None:
         lines += [f"column = {of(numbers.columns, f'i - {last}')}",
                   f"start = tl.where((i >= {last}) & (i < column_end), COLUMNS_AT + column, start)"]
-    kept = "(i < count)"
-    if has_sides(plan):
-        kept += " | side1 | side2"
-    if plan.lists.tables:
-        kept += " | whole"
+    kept = "(i < count) | whole" if plan.lists.tables else "i < count"
     return in_gluon((*lines, f"return tl.where({kept}, start, FAR)"))
+
+
+def side_lines(plan: Plan) -> tuple[str, ...]:
+    """The body of `side_start`."""
+    places = numbers_of(plan).places
+    lines = [state_line(plan), "if OTHER:"]
+    for which, number in (("one", 2), ("zero", 1)):
+        lines += [f"    there = i < {which}_total",
+                  f"    at = {of(places[which], f'{which}_total - 1 - i')} + "
+                  f"{number} * union_slash_capacity"]
+        if which == "one":
+            lines.append("else:")
+    return in_gluon((*lines, "distance = tl.load(slash_list + tl.where(there, at, 0), mask=there, "
+                     "other=0)", "return tl.where(there, p_first - distance, FAR)"))
 
 
 def of(place: Place, index: str) -> str:
@@ -321,13 +345,28 @@ def of(place: Place, index: str) -> str:
 
 
 def place_functions(plan: Plan) -> str:
-    """`full_at` and `start_of`, in place of those of static masks."""
+    """`full_at`, `start_of` and their like, in place of those of static masks."""
     full = numbers_of(plan).static[1]
-    lines = (state_line(plan), *in_gluon((f"return {full.text}",)))
-    return ("@gluon.jit\ndef full_at(i, state):\n"
-            '    """The first grain of the FULL tile whose grains are the i-th and following."""\n'
-            f"{indent(lines)}\n\n"
-            "@gluon.jit\ndef start_of(i, count, state, GRAIN: gl.constexpr):\n"
-            '    """The first key of loose grain i, or FAR from grain `count` on; COLUMNS_AT and\n'
-            '    more for places in the copies of columns."""\n'
-            f"{indent(start_lines(plan))}\n\n")
+    text = function("full_at(i, state)",
+                    "The first grain of the FULL tile whose grains are the i-th and following.",
+                    (state_line(plan), *in_gluon((f"return {full.text}",))))
+    text += function("start_of(i, count, state, GRAIN: gl.constexpr)",
+                     "The first key of loose grain i, or FAR from grain `count` on; COLUMNS_AT and "
+                     "more for\n    places in the copies of columns.", start_lines(plan))
+    apart = "(start >= COLUMNS_AT) | " if plan.lists.columns else ""
+    text += function(
+        "are_apart(i, start, count, state, GRAIN: gl.constexpr)",
+        "Whether grain i at `start` and the next three are not one tile of keys.",
+        ("b = start_of(i + 1, count, state, GRAIN)", "c = start_of(i + 2, count, state, GRAIN)",
+         "d = start_of(i + 3, count, state, GRAIN)",
+         f"return {apart}(b - start != GRAIN) | (c - b != GRAIN) | (d - c != GRAIN)"))
+    if has_sides(plan):
+        text += function("side_start(i, state, OTHER: gl.constexpr)",
+                         "The first key of grain i that the rows of one warp group alone see.",
+                         side_lines(plan))
+    return text
+
+
+def function(head: str, about: str, lines: tuple[str, ...]) -> str:
+    """One function of the file."""
+    return f'@gluon.jit\ndef {head}:\n    """{about}"""\n{indent(lines)}\n\n'

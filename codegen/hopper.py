@@ -9,6 +9,7 @@ import torch
 
 from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit_hopper import emit_hopper
+from maskdsl.codegen.emit_hopper_listed import emit_listed
 from maskdsl.codegen.hopper_cut import (
     BLOCK_N,
     GRAIN,
@@ -70,7 +71,8 @@ class HopperForward:
         """Plan and JIT function for one config."""
         if config not in self.modules:
             plan = make_plan(self.mask, config.span, GRAIN, TILE)
-            self.modules[config] = plan, load_module(emit_hopper(plan)).forward
+            text = emit_listed(plan) if plan.lists.atoms else emit_hopper(plan)
+            self.modules[config] = plan, load_module(text).forward
         return self.modules[config]
 
     def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,

@@ -14,9 +14,9 @@ from maskdsl.codegen.emit_hopper_lists import (
     column_limit,
     first_columns,
     has_sides,
+    setup_lines,
     state_line,
 )
-from maskdsl.codegen.emit_lists import atom_setup
 from maskdsl.codegen.listing import PAD, ListedTest
 from maskdsl.codegen.lists import blocks_of, is_table
 from maskdsl.codegen.members import list_atoms, live_lines, looked_up
@@ -58,18 +58,54 @@ def has_words(plan: Plan) -> bool:
 
 
 def word_lines(plan: Plan) -> tuple[str, ...]:
-    """The body of `live_words`."""
-    setup = [line for atom in plan.lists.atoms for line in atom_setup(atom)]
-    lines = [state_line(plan), *setup, *plan.rows,
-             "base = tl.where(start >= COLUMNS_AT, FAR, start)", "begin = base + p * 0"]
-    for atom in list_atoms(plan):
-        lines.append(f"bits_{atom.slot} = {' | '.join(bits_of(plan, atom))}")
+    """The body of `live_words`: which of its parts run is the same for all rows."""
+    lines = [state_line(plan), *setup_lines(plan), *plan.rows, "begin = start + p * 0",
+             "word = begin * 0"]
     listed = {test.text: test for test in plan.listed_tests}
-    terms = [listed_term(listed[test], "begin") if test in listed else interval_term(test)
+    whole = [listed_term(listed[test]) if test in listed else interval_term(test)
              for test in plan.tests]
-    lines += [f"word = {' | '.join(terms)}", *leave_out(plan)]
+    bits = [f"bits_{atom.slot} = {' | '.join(bits_of(plan, atom))}" for atom in list_atoms(plan)]
+    inside = [*bits, f"word = {' | '.join(whole)}"]
+    if plan.lists.listed:
+        depth = 8 if plan.masked else 4
+        lines.append("if start < COLUMNS_AT:")
+        if plan.masked:
+            lines += ["    if i < static_end:", *(f"        {line}" for line in inside), "    else:"]
+        terms = [listed_term(test) for test in plan.listed_tests]
+        part = [*bits, f"word = {' | '.join(terms) or 'begin * 0'}", *leave_out(plan, "i < both_end")]
+        lines += [f"{' ' * depth}{line}" for line in part]
+    else:
+        lines += inside
     if plan.lists.columns:
         lines += [f"if {IS_COLUMNS}:", *(f"    {line}" for line in column_lines(plan))]
+    return in_gluon((*lines, "return word"))
+
+
+def side_functions(plan: Plan) -> str:
+    """The functions that mask the tiles of one warp group."""
+    if not has_words(plan):
+        return read_template("hopper_side_pairs")
+    return read_template("hopper_side_words").replace("    # <SIDE_WORD>\n",
+                                                      indent(side_word_lines(plan)))
+
+
+def side_word_lines(plan: Plan) -> tuple[str, ...]:
+    """The body of `side_word`. Columns are left to the grains of columns, which both warp groups
+    see."""
+    lines = [state_line(plan), *setup_lines(plan), *plan.rows,
+             "near = tl.where(start < COLUMNS_AT, start, p_first)  # always inside the sets"]
+    for atom in plan.lists.slashes:
+        name = f"slot_{atom.slot}"
+        lines += ["place = q_offset + q_len - 1 - p + near",
+                  f"words = {name}_slashes + (place >> 5)",
+                  f"bits_{atom.slot} = funnel(tl.load(words), tl.load(words + 1), place & 31)"]
+        if plan.lists.columns:
+            lines += [f"words = {name}_columns + (near >> 5)",
+                      f"bits_{atom.slot} = bits_{atom.slot} & ~funnel(tl.load(words), "
+                      "tl.load(words + 1), near & 31)"]
+    lines.append("begin = start + p * 0")
+    terms = [listed_term(test) for test in plan.listed_tests if test.atom in plan.lists.slashes]
+    lines += [f"word = {' | '.join(terms) or 'begin * 0'}", *leave_out(plan)]
     return in_gluon((*lines, "return word"))
 
 
@@ -87,7 +123,7 @@ def interval_term(test: str) -> str:
     return cut(found[1] or "0", found[2])
 
 
-def listed_term(test: ListedTest, begin: str) -> str:
+def listed_term(test: ListedTest) -> str:
     """The word of a list within row bounds."""
     assert isinstance(test.atom, ListMask)
     return f"(bits_{test.atom.slot} & {cut(test.lo, test.hi)})"
@@ -97,7 +133,7 @@ def bits_of(plan: Plan, atom: ListMask) -> list[str]:
     """Words of the keys from `begin` on that one slot holds."""
     name, terms = f"slot_{atom.slot}", []
     if isinstance(atom, (VerticalSlash, Columns)):
-        terms.append(f"window({name}_columns, base, {name}_column_words, {PAD})")
+        terms.append(f"window({name}_columns, begin, {name}_column_words, {PAD})")
     if isinstance(atom, VerticalSlash) and not is_table(atom):
         terms.append(f"window({name}_slashes, q_offset + q_len - 1 - p + begin, "
                      f"{name}_slash_words, {PAD})")
@@ -109,36 +145,30 @@ def bits_of(plan: Plan, atom: ListMask) -> list[str]:
             terms.append(f"listed_keys({name}_table + tl.cast({row}, tl.int64) * "
                          f"{name}_table_words, begin, {name}_table_words)")
         else:
-            terms.append(f"tl.where(table_bit({name}_table, {row}, base, {name}_table_words, "
+            terms.append(f"tl.where(table_bit({name}_table, {row}, begin, {name}_table_words, "
                          f"{kv_block}), -1, 0)")
     return terms
 
 
-def leave_out(plan: Plan) -> list[str]:
-    """Lines that take out of a grain what another loop visits."""
+def leave_out(plan: Plan, at_distance: str = "") -> list[str]:
+    """Lines that take out of a listed grain what another loop visits.
+
+    at_distance  the test that a grain is one at a distance; "" where it is
+    """
     lists, lines = plan.lists, []
     if lists.slashes:
         lines.append("word = word & ~below(0 - begin)  # tiles at a distance begin anywhere")
-    if lists.listed and lists.hulls:
-        words = [f"(below({h.stop} * GRAIN - base) & ~below({h.start} * GRAIN - base))"
-                 for h in lists.hulls]
-        lines.append(f"word = tl.where(i >= static_end, word & ~({' | '.join(words)}), word)")
+    for h in lists.hulls:
+        start = "0" if h.start == "0" else f"{h.start} * GRAIN"
+        lines.append(f"word = word & ~{cut(start, f'{h.stop} * GRAIN')}")
     if lists.slashes and lists.tables:
-        lines += ["rest = 32 - (base & 31)",
-                  "taken = tl.where(has_bit(tile_bits, base >> 5, union_tile_words), below(rest), 0)"
-                  " | tl.where(has_bit(tile_bits, (base >> 5) + 1, union_tile_words), ~below(rest),"
+        lines += ["rest = 32 - (begin & 31)",
+                  "taken = tl.where(has_bit(tile_bits, begin >> 5, union_tile_words), below(rest), 0)"
+                  " | tl.where(has_bit(tile_bits, (begin >> 5) + 1, union_tile_words), ~below(rest),"
                   " 0)",
-                  f"word = tl.where({at_distance(plan)}, word & ~taken, word)"]
-    if has_sides(plan) and lists.columns:
-        lines.append("word = tl.where((i >= SIDE) & (i < FULLS), word & ~listed_keys(column_marks,"
-                     " base, union_column_words), word)")
+                  f"word = tl.where({at_distance}, word & ~taken, word)" if at_distance else
+                  "word = word & ~taken"]
     return lines
-
-
-def at_distance(plan: Plan) -> str:
-    """Whether grain i comes from a list of distances."""
-    text = "((i >= static_end) & (i < both_end))"
-    return f"{text} | ((i >= SIDE) & (i < FULLS))" if has_sides(plan) else text
 
 
 def column_lines(plan: Plan) -> list[str]:
@@ -191,8 +221,6 @@ def kind_lines(plan: Plan) -> tuple[str, ...]:
         lines.append("kind = tl.where((i >= static_end) & (i < both_end), 2, kind)")
     if plan.lists.columns:
         lines.append(f"kind = tl.where((i >= {first_columns(plan)}) & (i < column_end), 4, kind)")
-    if has_sides(plan):
-        lines.append("kind = tl.where((i >= SIDE) & (i < FULLS), 3, kind)")
     return in_gluon((*lines, "return kind"))
 
 
@@ -210,7 +238,7 @@ def column_keys(plan: Plan) -> tuple[str, ...]:
 def pair_lines(plan: Plan) -> tuple[str, ...]:
     """The body of `live_pairs`."""
     lists = plan.lists
-    lines = [state_line(plan), *(line for atom in lists.atoms for line in atom_setup(atom)),
+    lines = [state_line(plan), *setup_lines(plan),
              *plan.rows]
     lines += [f"in_{atom.slot} = {' | '.join(looked_up(plan, atom, 'pairs'))}"
               for atom in list_atoms(plan)]

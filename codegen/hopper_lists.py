@@ -119,7 +119,8 @@ def copy_columns(tables: HopperTables, source: Tensor) -> Tensor:
     """The rows of k or v [B, Hkv, L, D] that the lists of columns name, [B, H, capacity, D]."""
     members, before = (tables.arguments[f"union_column_{n}"] for n in ("list", "before"))
     batch, kv_heads, _, dim = source.shape
-    heads, capacity = max(members.shape[1], kv_heads), members.shape[-1]
+    heads = tables.call.heads // tables.arguments["union_copy_share"]
+    capacity = members.shape[-1]
     row = -(-dim // 8) * 8  # rows of whole 16 bytes, which TMA asks for
     out = torch.empty(batch, heads, capacity, row, dtype=source.dtype, device=source.device)
     kernels.copy_columns[(batch * heads, triton.cdiv(capacity, 32))](
@@ -137,7 +138,7 @@ class ListedKernels:
         self.planner = load_module(emit_planner(plan)).plan_items
         self.lister = load_module(emit_lister(plan)).list_tiles if plan.lists.tables else None
 
-    def prepare(self, shape: Shape, batch: int, heads: int, data: dict[str, Any],
+    def prepare(self, shape: Shape, batch: int, heads: int, kv_heads: int, data: dict[str, Any],
                 device: torch.device) -> HopperTables:
         """Everything the attention kernel reads besides q, k and v, launched in order."""
         lists, span = self.plan.lists, self.plan.block_m
@@ -151,7 +152,9 @@ class ListedKernels:
         tables.arguments |= {
             "union_plan": torch.empty(items, row_size(self.plan), dtype=torch.int32,
                                       device=device),
-            "union_plan_batch": kinds, "union_plan_share": heads // kinds}
+            "union_plan_batch": kinds, "union_plan_share": heads // kinds,
+            "union_copy_share": heads // max(kv_heads, *(
+                data[atom.slot].lead[1] for atom in lists.atoms))}
         self.planner[(items,)](
             kinds, heads // kinds, shape.q_len, shape.kv_len, shape.q_offset, shape.total_len,
             *(tables.arguments[p.name] for p in planner_parameters(self.plan)),
@@ -172,9 +175,6 @@ class ListedKernels:
             shape.total_len, *(arguments[name] for name in names),
             BLOCK_M=span, BLOCK_N=GRAIN, CHUNK=CHUNK)
 
-    def arguments(self, tables: HopperTables, copies: tuple[Tensor, ...]) -> list[Any]:
+    def arguments(self, tables: HopperTables) -> list[Any]:
         """The attention kernel's arguments beyond those of a static mask, in order."""
-        found = tables.arguments
-        if copies:
-            found = found | {"union_copy_share": tables.call.heads // copies[0].shape[1]}
-        return [found[p.name] for p in kernel_parameters(self.plan)]
+        return [tables.arguments[p.name] for p in kernel_parameters(self.plan)]
