@@ -23,18 +23,22 @@ from maskdsl.codegen.members import list_atoms, live_lines, looked_up
 from maskdsl.codegen.plan import Plan
 from maskdsl.dynamic import Columns, ListMask, VerticalSlash
 
+PAIRS_ASIDE = ("return pair_words(position, start, 0, 3, state, q_tile, q_len, kv_len, q_offset, "
+               "total_len<MORE>, batch, head, SPAN, GRAIN)",)
 IS_COLUMNS = "(start >= COLUMNS_AT) & (start < FAR)"
 
 
 def mask_functions(plan: Plan) -> str:
     """The functions that mask a tile."""
     if has_words(plan):
-        return read_template("hopper_list_words").replace("    # <WORDS>\n",
+        text = read_template("hopper_list_words").replace("    # <WORDS>\n",
                                                           indent(word_lines(plan)))
-    text = read_template("hopper_list_pairs")
-    text = text.replace("        # <COLUMN_KEYS>\n", indent(column_keys(plan), 2))
-    text = text.replace("    # <KIND>\n", indent((state_line(plan), *kind_lines(plan))))
-    return text.replace("    # <LIVE>\n", indent(pair_lines(plan)))
+    else:
+        text = read_template("hopper_list_pairs")
+        text = text.replace("        # <COLUMN_KEYS>\n", indent(column_keys(plan), 2))
+        text = text.replace("    # <KIND>\n", indent((state_line(plan), *kind_lines(plan))))
+        text = text.replace("    # <LIVE>\n", indent(pair_lines(plan)))
+    return text + read_template("hopper_list_masks")
 
 
 def has_words(plan: Plan) -> bool:
@@ -83,16 +87,14 @@ def word_lines(plan: Plan) -> tuple[str, ...]:
 
 def side_functions(plan: Plan) -> str:
     """The functions that mask the tiles of one warp group."""
-    if not has_words(plan):
-        return read_template("hopper_side_pairs")
-    return read_template("hopper_side_words").replace("    # <SIDE_WORD>\n",
-                                                      indent(side_word_lines(plan)))
+    lines = side_word_lines(plan) if has_words(plan) else PAIRS_ASIDE
+    return read_template("hopper_side_words").replace("    # <SIDE_WORD>\n", indent(lines))
 
 
 def side_word_lines(plan: Plan) -> tuple[str, ...]:
     """The body of `side_word`. Columns are left to the grains of columns, which both warp groups
     see."""
-    lines = [state_line(plan), *setup_lines(plan), *plan.rows,
+    lines = ["p = tl.expand_dims(position, 1)", state_line(plan), *setup_lines(plan), *plan.rows,
              "near = tl.where(start < COLUMNS_AT, start, p_first)  # always inside the sets"]
     for atom in plan.lists.slashes:
         name = f"slot_{atom.slot}"
@@ -228,10 +230,9 @@ def column_keys(plan: Plan) -> tuple[str, ...]:
     """Lines that read the keys of a grain of columns."""
     if not plan.lists.columns:
         return ()
-    limit = re.sub(r"\bi\b", "(first + j)", column_limit(plan))
     return in_gluon((state_line(plan), f"if {IS_COLUMNS}:",
-                     "    place = start - COLUMNS_AT + (column - j * GRAIN)",
-                     f"    key = tl.load(column_list + place, mask=here & (place < {limit}), "
+                     "    place = start - COLUMNS_AT + bit",
+                     f"    k = tl.load(column_list + place, mask=place < {column_limit(plan)}, "
                      "other=FAR)"))
 
 

@@ -324,9 +324,9 @@ class Attention:
         if self.backend == "torch":
             return emit_source(self.plan)
         if self.backend == "hopper":
-            from maskdsl.codegen.emit_hopper import emit_hopper
+            from maskdsl.codegen.hopper import emit_file
 
-            return emit_hopper(self.plan)
+            return emit_file(self.plan)
         forward: Any = self._forward
         heads = tuple(len(heads) for heads, _ in forward.kinds if heads)
         return emit_kernels(forward.default_plans(HEAD_DIM), heads)

@@ -93,11 +93,12 @@ def run_text(source: str) -> dict[str, Any]:
     """The scalar functions of an emitted file as Python functions."""
     start, stop = source.index("FAR = "), source.index("@gluon.jit\ndef named_barrier")
     text = source[start:stop].replace("@gluon.jit\n", "").replace(".to(gl.int64)", "")
-    text = re.sub(r"def (mask_\w+|read_sides|load_\w+|side_words)\(.*?(?=\n\n\n)", "", text,
+    text = re.sub(r"def (mask_\w+|read_sides|load_\w+|side_words|pair_words)\(.*?(?=\n\n\n)", "", text,
                   flags=re.DOTALL)
     gl = SimpleNamespace(**vars(NUMPY_NAMES["tl"]), constexpr=lambda x: x, load=load,
                          cast=lambda x, _: x, int64=None, BlockedLayout=lambda *_: None,
-                         arange=lambda a, b, layout: np.arange(a, b))
+                         arange=lambda a, b, layout: np.arange(a, b),
+                         expand_dims=np.expand_dims)
     names: dict[str, Any] = {"gl": gl}
     exec(text, names)
     names.update(HELPERS)
@@ -128,7 +129,7 @@ class ListedWalk:
         self.more = [Pointer(x.numpy().astype(np.int64).ravel()) if isinstance(x, torch.Tensor)
                      else x for x in kernels.arguments(tables)]
         source_text = emit_listed(self.plan)
-        self.names, self.words = run_text(source_text), "def live_words" in source_text
+        self.names, self.words = run_text(source_text), "def live_pairs" not in source_text
         join = re.search(r"def mask_tile.*?\n((?:    [^\n]*\n)*?)    ROWS:", source_text, re.DOTALL)
         assert join is not None
         body = join[1][join[1].rindex('"""\n') + 4:] if '"""' in join[1] else join[1]
@@ -212,10 +213,10 @@ class ListedWalk:
         keys = self.loaded(start, batch, head)
         args = (q_tile, *self.lengths, batch, head, self.config.span)
         if self.words and side:
-            word = self.names["side_word"](p, np.int64(start), state, *args, GRAIN)
+            word = self.names["side_word"](p[:, 0], np.int64(start), state, *args, GRAIN)
             live = (np.broadcast_to(word, p.shape) >> np.arange(GRAIN)) & 1
         elif self.words:
-            word = self.names["live_words"](p, np.int64(start), i, state, *args, GRAIN)
+            word = self.names["live_words"](p[:, 0], np.int64(start), i, state, *args, GRAIN)
             live = (np.broadcast_to(word, p.shape) >> np.arange(GRAIN)) & 1
         else:
             asked = np.where(keys >= 0, keys, start + np.arange(GRAIN))
