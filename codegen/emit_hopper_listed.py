@@ -33,9 +33,9 @@ LOAD_SIDES = (
     "for t in range(0, read_sides(mail.index(letter))):",
     "    for side in gl.static_range(2):",
     "        k_slot, k_phase, v_slot, v_phase = load_side(",
-    "            t, mail.index(letter), k_desc, v_desc, k_grain_desc, v_grain_desc, k_s, v_s, k_grains,",
-    "            v_grains, k_full, k_empty, v_full, v_empty, k_slot, k_phase, v_slot, v_phase,",
-    "            kv_head<MORE>, BLOCK_N, GRAIN, K_SLOTS, V_SLOTS, side == 1)",
+    "            t, mail.index(letter), k_desc, v_desc, k_grain_desc, v_grain_desc, k_s, v_s,",
+    "            k_grains, v_grains, k_full, k_empty, v_full, v_empty, k_slot, k_phase, v_slot,",
+    "            v_phase, kv_head<MORE>, BLOCK_N, GRAIN, K_SLOTS, V_SLOTS, side == 1)",
 )
 AFTER_SIDES = (
     "if WARP_GROUP == 0:",
@@ -65,6 +65,10 @@ READ_STATE = """\
      state) = read(letter)
     # <JOIN_STATE>
 """
+GRAINS = """\
+    for j in gl.static_range(ROWS // GRAIN):
+        start = start_of(first + j, count, state, GRAIN)
+        for half"""
 APART = """\
         end = start_of(place + TILE - 1, loose, state, GRAIN)
         scattered = end - start != BLOCK_N - GRAIN
@@ -156,7 +160,9 @@ def listed_template(plan: Plan) -> str:
                         ("load_loose(v_grain_desc", 2), ("n, masked_steps", 2)):
         assert text.count(f"{name}, ") == count, f"the template has changed near {name!r}"
         text = text.replace(f"{name}, ", f"{name}<MORE>, ")
-    text = text.replace("loose, state, BLOCK_N, GRAIN, BLOCK_N", "loose, letter, BLOCK_N, GRAIN, BLOCK_N")
+    text = text.replace("loose, state, BLOCK_N, GRAIN, BLOCK_N",
+                        "loose, letter, BLOCK_N, GRAIN, BLOCK_N")
+    text = patch(text, GRAINS, GRAINS.replace("gl.static_range", "range"))
     text = patch(text, APART, "        scattered = are_apart(place, start, loose, state, GRAIN)\n")
     text = re.sub(r"\btotal_len(?=[,)])", "total_len<MORE>", text)
     numbers = [f'"{p.name}"' for p in kernel_parameters(plan) if not p.is_pointer]

@@ -1,4 +1,4 @@
-"""Text of what call-time data adds to the Hopper kernel (decision 0014).
+"""Text of what call-time data adds to the Hopper kernel (decision 0016).
 
 A small Triton kernel (`emit_planner`) works out, for every item, how many grains of each kind it
 has and where they stand in the lists, and leaves the numbers in global memory. The Gluon kernel's

@@ -61,8 +61,8 @@ def refuse_mask(mask: Mask, by_name: bool = False) -> str:
             from maskdsl.codegen.hopper_lists import refuse_listed
 
             return refuse_listed(mask)
-        return ("the mask reads data that comes with the call; backend='hopper' takes such masks, "
-                "but has not been measured with them")
+        return ("the mask reads data that comes with the call "
+                "(unmeasured; backend='hopper' takes it)")
     if make_plan(mask, 64, 64).sieve is not None:
         return "the mask has dead tiles inside its intervals, which only the portable kernel skips"
     if not fits_letter(make_plan(mask, ROWS // 4, GRAIN, TILE)):

@@ -6,8 +6,6 @@ then costs what it costs in a static mask. Else pair by pair, with a look-up for
 
 from __future__ import annotations
 
-import re
-
 from maskdsl.codegen.emit import indent, read_template
 from maskdsl.codegen.emit_hopper import INTERVAL, in_gluon
 from maskdsl.codegen.emit_hopper_lists import (
@@ -74,9 +72,11 @@ def word_lines(plan: Plan) -> tuple[str, ...]:
         depth = 8 if plan.masked else 4
         lines.append("if start < COLUMNS_AT:")
         if plan.masked:
-            lines += ["    if i < static_end:", *(f"        {line}" for line in inside), "    else:"]
+            lines += ["    if i < static_end:", *(f"        {line}" for line in inside),
+                      "    else:"]
         terms = [listed_term(test) for test in plan.listed_tests]
-        part = [*bits, f"word = {' | '.join(terms) or 'begin * 0'}", *leave_out(plan, "i < both_end")]
+        part = [*bits, f"word = {' | '.join(terms) or 'begin * 0'}",
+                *leave_out(plan, "i < both_end")]
         lines += [f"{' ' * depth}{line}" for line in part]
     else:
         lines += inside
@@ -165,9 +165,10 @@ def leave_out(plan: Plan, at_distance: str = "") -> list[str]:
         lines.append(f"word = word & ~{cut(start, f'{h.stop} * GRAIN')}")
     if lists.slashes and lists.tables:
         lines += ["rest = 32 - (begin & 31)",
-                  "taken = tl.where(has_bit(tile_bits, begin >> 5, union_tile_words), below(rest), 0)"
-                  " | tl.where(has_bit(tile_bits, (begin >> 5) + 1, union_tile_words), ~below(rest),"
-                  " 0)",
+                  "tile = begin >> 5",
+                  "taken = tl.where(has_bit(tile_bits, tile, union_tile_words), below(rest), 0)",
+                  "taken = taken | tl.where(has_bit(tile_bits, tile + 1, union_tile_words), "
+                  "~below(rest), 0)",
                   f"word = tl.where({at_distance}, word & ~taken, word)" if at_distance else
                   "word = word & ~taken"]
     return lines
@@ -175,7 +176,6 @@ def leave_out(plan: Plan, at_distance: str = "") -> list[str]:
 
 def column_lines(plan: Plan) -> list[str]:
     """Lines that set `word` of a grain of columns: they rise, so a row's bounds cut them too."""
-    lists = plan.lists
     lines = ["place = start - COLUMNS_AT",
              "lane = tl.arange(0, 32, layout=tl.BlockedLayout([1], [32], [4], [0]))",
              "key = tl.load(column_list + (place + lane), "

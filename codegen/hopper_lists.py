@@ -1,4 +1,4 @@
-"""Call-time data for the Hopper kernel: sets, lists and copies, made on the GPU without a host sync.
+"""Call-time data for the Hopper kernel: sets, lists and copies, made on the GPU, no host sync.
 
 On top of what the portable kernel's `Tables` make, there are the distances parted by warp groups,
 the copies of loose columns, and the planner's numbers for every item.
@@ -50,7 +50,7 @@ def heads_told_apart(plan: Plan, data: Mapping[str, Any], heads: int) -> int:
     text = " ".join((*plan.bounds, *plan.rows, *plan.tests))
     if re.search(r"\bhead\b", text):
         return heads
-    return max(data[atom.slot].lead[1] for atom in plan.lists.atoms)
+    return max(int(data[atom.slot].lead[1]) for atom in plan.lists.atoms)
 
 
 @lru_cache(maxsize=256)
@@ -60,7 +60,11 @@ def pick_listed(mask: Mask, group: int, share: int, head_dim: int) -> HopperConf
     group  query heads of a key/value head; share: neighbouring heads that see the same keys
     """
     packed = next(n for n in (4, 2, 1) if group % n == 0 and share % n == 0)
-    return HopperConfig(packed, FIRST_TILE, *((3, 2) if width_of(head_dim) == 128 else (3, 3)))
+    if width_of(head_dim) < 128:
+        return HopperConfig(packed, FIRST_TILE, 3, 3)
+    # tiles of one warp group come in pairs: the values of either wait for the next pair's turn
+    sides = has_sides(make_plan(mask, ROWS // packed, GRAIN, TILE))
+    return HopperConfig(packed, FIRST_TILE, *((2, 3) if sides else (3, 2)))
 
 
 def schedule_listed(config: HopperConfig, shape: Shape, groups: int, per_kv_head: int) -> Schedule:

@@ -1,7 +1,7 @@
 """The Hopper kernel's text for masks with call-time data, run on numbers: every pair kept once.
 
-The small kernels that prepare lists run in Triton's interpreter; what the Gluon file does with their
-results is executed as Python (`test_hopper_text`) for every item, warp group and pair.
+The small kernels that prepare lists run in Triton's interpreter; what the Gluon file does with
+their results is executed as Python (`test_hopper_text`) for every item, warp group and pair.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ from maskdsl.dynamic import slots_of
 from maskdsl.text import NUMPY_NAMES
 
 
-
 class Pointer:
     """A pointer into a tensor's numbers, as `gl.load` takes it."""
 
@@ -93,8 +92,8 @@ def run_text(source: str) -> dict[str, Any]:
     """The scalar functions of an emitted file as Python functions."""
     start, stop = source.index("FAR = "), source.index("@gluon.jit\ndef named_barrier")
     text = source[start:stop].replace("@gluon.jit\n", "").replace(".to(gl.int64)", "")
-    text = re.sub(r"def (mask_\w+|read_sides|load_\w+|side_words|pair_words)\(.*?(?=\n\n\n)", "", text,
-                  flags=re.DOTALL)
+    text = re.sub(r"def (mask_\w+|read_sides|load_\w+|side_words|pair_words)\(.*?(?=\n\n\n)", "",
+                  text, flags=re.DOTALL)
     gl = SimpleNamespace(**vars(NUMPY_NAMES["tl"]), constexpr=lambda x: x, load=load,
                          cast=lambda x, _: x, int64=None, BlockedLayout=lambda *_: None,
                          arange=lambda a, b, layout: np.arange(a, b),
@@ -195,7 +194,7 @@ class ListedWalk:
             starts = [int(self.names["start_of"]((1 << 26) + i - static_full + j, 0, state, GRAIN))
                       for j in range(TILE)]
         for start in starts:
-            assert 0 <= start and start + GRAIN <= self.shape.kv_len
+            assert start >= 0 and start + GRAIN <= self.shape.kv_len
             for h in range(self.config.heads_packed):
                 times[batch, head + h][np.ix_(self.rows_of(q_tile, (0, 1)),
                                               np.arange(start, start + GRAIN))] += 1
