@@ -225,7 +225,7 @@ def kernel_parameters(plan: Plan) -> list[Parameter]:
              *(["slash_list"] if plan.lists.slashes else []),
              *(["slash_covered"] if plan.lists.slashes and plan.lists.columns else []),
              *(["column_list", "column_marks", "column_before"] if plan.lists.columns else [])]
-    numbers = ["plan_batch", "plan_share",
+    numbers = ["plan_batch", "plan_share", "plan_rows",
                *(["tile_capacity", "tile_words"] if plan.lists.tables else []),
                *(f"{kind}_{n}" for kind, made in (("slash", plan.lists.slashes),
                                                   ("column", plan.lists.columns)) if made
@@ -256,6 +256,7 @@ def find_lines(plan: Plan) -> tuple[str, ...]:
     span = plan.block_m
     return ("row = batch * union_plan_batch + head // union_plan_share",
             f"row = row * ((q_len + {span - 1}) // {span}) + (p_first - q_offset) // {span}",
+            "row = gl.minimum(row, union_plan_rows - 1)  # the letter that says stop has no item",
             f"here = union_plan + gl.cast(row, gl.int64) * {row_size(plan)}",
             "return gl.load(here), gl.load(here + 1), (here,)")
 

@@ -156,7 +156,7 @@ class ListedKernels:
         tables.arguments |= {
             "union_plan": torch.empty(items, row_size(self.plan), dtype=torch.int32,
                                       device=device),
-            "union_plan_batch": kinds, "union_plan_share": heads // kinds,
+            "union_plan_rows": items, "union_plan_batch": kinds, "union_plan_share": heads // kinds,
             "union_copy_share": heads // max(kv_heads, *(
                 data[atom.slot].lead[1] for atom in lists.atoms))}
         self.planner[(items,)](

@@ -1,0 +1,405 @@
+"""Runs an emitted Gluon attention kernel on the CPU: a thread for each warp group, real numbers.
+
+Shared memory, mbarriers and their phases, letters and named barriers are kept; layouts are not.
+Products are computed when they are waited for, as late as the kernel allows, so a slot that is
+handed back too early shows in the numbers. Blocked threads end in an error, not in a hang.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+PATIENCE = 20.0  # seconds a warp group may wait
+
+
+class Tensor(np.ndarray):  # type: ignore[type-arg]
+    """A register tensor."""
+
+    type = SimpleNamespace(layout=None)
+
+    def to(self, kind: Any) -> Any:
+        return tensor(np.asarray(self).astype(np.int64)) if kind == "int" else self
+
+
+def tensor(x: Any) -> Any:
+    return np.asarray(x).view(Tensor)
+
+
+class Pointer:
+    """A pointer into flat memory."""
+
+    def __init__(self, memory: Any, place: Any = 0) -> None:
+        self.memory, self.place = memory, place
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.memory, self.place + np.asarray(offset))
+
+
+class Failed(Exception):
+    """Another warp group failed."""
+
+
+class Machine:
+    """What the warp groups of one program share."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Condition()
+        self.dead = False
+        self.turns = {"9": 0, "10": 0}
+
+    def until(self, ready: Any, what: str) -> None:
+        with self.lock:
+            if not self.lock.wait_for(lambda: self.dead or ready(), PATIENCE):
+                self.dead = True
+                self.lock.notify_all()
+                raise TimeoutError(f"blocked: {what}")
+            if self.dead:
+                raise Failed(what)
+
+
+class Barrier:
+    """An mbarrier: arrivals of a phase, and bytes that are still to come."""
+
+    def __init__(self, machine: Machine, name: str) -> None:
+        self.machine, self.name = machine, name
+        self.count = self.arrived = self.pending = self.phase = 0
+
+    def change(self, arrivals: int, by: int) -> None:
+        with self.machine.lock:
+            self.arrived += arrivals
+            self.pending += by
+            assert self.arrived <= self.count, f"{self.name}: too many arrivals"
+            if self.arrived == self.count and not self.pending:
+                self.arrived, self.phase = 0, self.phase + 1
+            self.machine.lock.notify_all()
+
+    def wait(self, phase: int) -> None:
+        self.machine.until(lambda: self.phase & 1 != phase & 1, f"{self.name} phase {phase}")
+
+
+class Barriers:
+    def __init__(self, machine: Machine, name: str, count: int) -> None:
+        self.all = [Barrier(machine, f"{name}[{i}]") for i in range(count)]
+
+    def index(self, i: Any) -> Barrier:
+        return self.all[int(i)]
+
+
+class Slot:
+    """One slot, or one grain, of a ring; output is staged in a slot of queries."""
+
+    def __init__(self, ring: Ring, kind: str, place: int) -> None:
+        self.ring, self.kind, self.place = ring, kind, place
+        self.staged: Any = None
+
+    def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Slot:
+        return self
+
+    def store(self, data: Any) -> None:
+        self.staged = np.asarray(data)
+        self.ring.memory[self.place] = np.nan  # what was there is gone
+
+
+class Ring:
+    """Slots of keys or values: memory in grains of [32, 64]; a tile of n rows has its halves n / 32
+    grains apart."""
+
+    def __init__(self, slots: int, rows: int, dim: int) -> None:
+        self.shape = [slots, 1, 1, rows, dim]
+        self.dtype = "half"
+        self.halves, self.tile = dim // 64, rows // 32
+        self.memory = np.full((slots * self.halves * self.tile, 32, 64), np.nan)
+
+    def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Any:
+        return SimpleNamespace(shape=shape, index=lambda place: Slot(self, "grain", int(place)))
+
+    def index(self, slot: Any) -> Slot:
+        return Slot(self, "slot", int(slot))
+
+    def write(self, kind: str, place: int, data: Any) -> None:
+        """data: [rows, width]"""
+        if kind == "grain":
+            self.memory[place] = data
+            return
+        first = place * self.halves * self.tile
+        for h in range(self.halves):
+            for j in range(self.tile):
+                self.memory[first + h * self.tile + j] = \
+                    data[32 * j:32 * j + 32, 64 * h:64 * h + 64]
+
+    def read(self, slot: int, rows: int) -> Any:
+        first, grains = slot * self.halves * self.tile, rows // 32
+        return np.concatenate([self.memory[first + h * grains:first + (h + 1) * grains]
+                               .reshape(rows, 64) for h in range(self.halves)], 1)
+
+
+class Queries(Ring):
+    """Slots of 64 query rows."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        self.shape, self.dtype = [4, 1, heads, 64 // heads, dim], "half"
+        self.memory = np.full((4, 64, dim), np.nan)
+
+    def write(self, kind: str, place: int, data: Any) -> None:
+        self.memory[place] = data
+
+    def read(self, slot: int, rows: int) -> Any:
+        return self.memory[slot]
+
+
+class Descriptor:
+    """A TMA descriptor: reads beyond the ends give 0, writes there are dropped."""
+
+    def __init__(self, data: Any, block: tuple[int, ...]) -> None:
+        self.data, self.dtype, self.layout = data, "half", None
+        self.block_type = SimpleNamespace(shape=list(block), nbytes=int(np.prod(block)) * 2)
+
+    def load(self, place: list[Any]) -> Any:
+        inside, there = [], np.ones((), dtype=bool)
+        for start, size, length in zip(map(int, place), self.block_type.shape, self.data.shape,
+                                       strict=True):
+            at = np.arange(start, start + size)
+            there = there[..., None] & ((at >= 0) & (at < length))
+            inside.append(np.clip(at, 0, max(length - 1, 0)))
+        block = np.where(there, self.data[np.ix_(*inside)], 0.0)
+        return block.reshape(-1, block.shape[-1])
+
+
+class Product:
+    """A product in flight."""
+
+    def __init__(self, a: Any, b: Any, acc: Any) -> None:
+        self.a, self.b, self.acc, self.value = a, b, acc, None
+
+
+def value_of(x: Any) -> Any:
+    if isinstance(x, Product):
+        assert x.value is not None, "a product is read before it is waited for"
+        return x.value
+    return x
+
+
+class Group:
+    """What one warp group has in flight."""
+
+    def __init__(self) -> None:
+        self.flying: list[Product] = []
+
+    def mma(self, a: Any, b: Any, acc: Any, use_acc: bool = True, is_async: bool = True) -> Product:
+        made = Product(a, b, value_of(acc) if use_acc else None)
+        self.flying.append(made)
+        return made
+
+    def wait(self, left: int, deps: list[Any]) -> Any:
+        while len(self.flying) > left:
+            p = self.flying.pop(0)
+            a = p.a() if callable(p.a) else np.asarray(p.a)
+            p.value = tensor(a @ p.b() if p.acc is None else np.asarray(p.acc) + a @ p.b())
+        found = [value_of(x) for x in deps]
+        return found[0] if len(found) == 1 else tuple(found)
+
+
+class Matrix:
+    """A tile in shared memory as an operand, read when the product runs."""
+
+    def __init__(self, ring: Ring, slot: Any, rows: int) -> None:
+        self.ring, self.slot, self.rows, self.turned = ring, int(slot), rows, False
+
+    def permute(self, order: Any) -> Matrix:
+        made = Matrix(self.ring, self.slot, self.rows)
+        made.turned = True
+        return made
+
+    def __call__(self) -> Any:
+        found = self.ring.read(self.slot, self.rows)
+        return found.T if self.turned else found
+
+
+def load(pointer: Pointer, mask: Any = True, other: Any = 0) -> Any:
+    place = np.asarray(pointer.place)
+    keep = np.broadcast_to(mask, np.broadcast_shapes(place.shape, np.shape(mask)))
+    place = np.where(keep, place, 0)
+    assert ((place >= 0) & (place < len(pointer.memory)))[keep].all(), "a load out of bounds"
+    found = np.where(keep, pointer.memory[np.clip(place, 0, len(pointer.memory) - 1)], other)
+    return tensor(found) if found.ndim else found[()]
+
+
+def store(pointer: Pointer, value: Any, mask: Any = True) -> None:
+    place, value, keep = np.broadcast_arrays(np.asarray(pointer.place), np.asarray(value), mask)
+    pointer.memory[place[keep]] = value[keep]
+
+
+def language(machine: Machine, group: Group, programs: int) -> SimpleNamespace:
+    """The names of `gluon.language` that kernels use."""
+    def layout(*_: Any, **__: Any) -> None:
+        return None
+
+    def add(pointer: Pointer, value: int) -> int:
+        with machine.lock:
+            old = int(pointer.memory[pointer.place])
+            pointer.memory[pointer.place] = old + value
+            return old
+
+    return SimpleNamespace(
+        constexpr=lambda x: x, static_range=range, to_tensor=lambda x: x, int32="int",
+        int64="long", float32="float", uint32="uint", program_id=lambda _: 0,
+        num_programs=lambda *_: programs, num_warps=lambda *_: 4, atomic_add=add, load=load, store=store,
+        arange=lambda a, b, layout=None: tensor(np.arange(a, b)),
+        full=lambda shape, x, dtype=None, layout=None: tensor(np.full(shape, x)),
+        zeros=lambda shape, dtype=None, layout=None: tensor(
+            np.zeros(shape, np.int64 if dtype == "int" else np.float64)),
+        where=lambda c, a, b: tensor(np.where(c, a, b)) if np.ndim(np.where(c, a, b)) else
+        np.where(c, a, b)[()],
+        expand_dims=lambda x, axis: tensor(np.expand_dims(x, axis)),
+        convert_layout=lambda x, layout, assert_trivial=False: x,
+        max=lambda x, axis: tensor(np.max(x, axis)) if np.ndim(x) > 1 else np.max(x, axis),
+        sum=lambda x, axis: tensor(np.sum(x, axis)) if np.ndim(x) > 1 else np.sum(x, axis),
+        maximum=np.maximum, minimum=np.minimum, exp2=np.exp2, log2=np.log2,
+        cdiv=lambda a, b: -(-a // b), cast=lambda x, _: x, BlockedLayout=layout,
+        SliceLayout=layout, NVMMADistributedLayout=layout, DotOperandLayout=layout,
+        DistributedLinearLayout=layout)
+
+
+class Letter:
+    """A letter in shared memory."""
+
+    def __init__(self, size: int) -> None:
+        self.words = np.zeros(size, dtype=np.int64)
+
+    def store(self, text: Any) -> None:
+        self.words[:] = text
+
+    def slice(self, i: int, n: int) -> Any:
+        return SimpleNamespace(load=lambda layout: int(self.words[i]))
+
+
+HELPERS = {
+    "below": lambda bound: (np.int64(1) << np.clip(bound, 0, 32)) - 1,
+    "count_bits": lambda word: np.vectorize(lambda w: int(w & 0xFFFFFFFF).bit_count())(word),
+    "funnel": lambda near, far, shift:
+        (((near & 0xFFFFFFFF) | ((far & 0xFFFFFFFF) << 32)) >> shift) & 0xFFFFFFFF,
+    "divide": lambda a, divisor, _: a // divisor,
+    "word_of": lambda letter, i: int(letter.words[i]),
+}
+
+
+def run_forward(source: str, constants: dict[str, Any], descriptors: list[Descriptor],
+                out: Any, lse: Any, numbers: list[Any], more: list[Any], scale: float) -> None:
+    """One program walks all items: `forward` of the file on numpy data.
+
+    descriptors  in the file's order, without the output's; out float64[B, H, L, Dv], lse flat
+    numbers      items .. group, then dividers as (divisor, 0), then the four lengths
+    """
+    c, machine = constants, Machine()
+    dim, value_dim = descriptors[1].block_type.shape[3], descriptors[2].block_type.shape[3]
+    heads = max(c["HEADS_PACKED"] // 2, 1)
+    q_s, k_s, v_s = Queries(dim, heads), Ring(c["K_SLOTS"], c["BLOCK_N"], dim), \
+        Ring(c["V_SLOTS"], c["BLOCK_N"], value_dim)
+    sizes = {"q_full": (4, 1), "q_empty": (4, 1), "k_full": (c["K_SLOTS"], 1),
+             "k_empty": (c["K_SLOTS"], 2), "v_full": (c["V_SLOTS"], 1),
+             "v_empty": (c["V_SLOTS"], 2), "mail_full": (2, 1), "mail_empty": (2, 3)}
+    bars = {name: Barriers(machine, name, n) for name, (n, _) in sizes.items()}
+    for name, (_, count) in sizes.items():
+        for bar in bars[name].all:
+            bar.count = count
+    letters = [Letter(64), Letter(64)]
+    mail = SimpleNamespace(index=lambda i: letters[int(i)])
+    queue, failures = Pointer(np.zeros(2, dtype=np.int64)), []
+    out_desc = SimpleNamespace(layout=None)
+    tail = [c[n] for n in ("HEADS_PACKED", "SPAN", "NARROW", "BLOCK_N", "GRAIN", "K_SLOTS",
+                           "V_SLOTS", "WITH_LSE")]
+    b = [bars[name] for name in sizes]
+    items, q_tiles, batch_groups, groups, section, first, count, splits, kv_group = numbers[:9]
+    lengths = numbers[15:19]
+    nothing = Pointer(np.zeros(1))
+    columns = descriptors[5:]
+
+    def make(group: Group) -> dict[str, Any]:
+        names = names_for(machine, group, out, q_s)
+        text = source[source.index("FAR = "):].replace("@gluon.jit\n", "")
+        exec(text[:text.index("@gluon.jit(do_not")].replace(".to(gl.int64)", ""), names)
+        names.update(HELPERS)
+        names["tile_of"] = lambda ring, slot, rows: Matrix(ring, slot, rows)
+        names["named_barrier"] = named(machine)
+        names["partial_sum"] = lambda w: tensor(np.asarray(w).sum(1)[:, None])
+        return names
+
+    def start(name: str, *args: Any) -> None:
+        try:
+            with np.errstate(all="ignore"):
+                make(Group())[name](*args)
+        except Failed:
+            pass
+        except BaseException as error:  # told by the caller's thread
+            failures.append(error)
+            with machine.lock:
+                machine.dead = True
+                machine.lock.notify_all()
+
+    consume = [out_desc, q_s, k_s, v_s, *b, mail, lse, nothing, nothing, items, batch_groups,
+               groups, first, count, *lengths, *more, scale, *tail]
+    work = [("produce", *descriptors[:5], *columns, q_s, k_s, v_s, *b, mail, items, kv_group,
+             *more, *tail),
+            ("consume", *consume, 0), ("consume", *consume, 1),
+            ("hand_out", *b[6:], mail, queue, *numbers[:8], *numbers[9:15], *lengths, *more,
+             *tail)]
+    threads = [threading.Thread(target=start, args=w, daemon=True) for w in work]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    if failures:
+        raise failures[0]
+
+
+def named(machine: Machine) -> Any:
+    def barrier(kind: str, name: str) -> None:
+        """One group arrives, the other waits: a token."""
+        if kind == "arrive":
+            with machine.lock:
+                machine.turns[name] += 1
+                machine.lock.notify_all()
+            return
+        machine.until(lambda: machine.turns[name] > 0, f"turn {name}")
+        with machine.lock:
+            machine.turns[name] -= 1
+    return barrier
+
+
+def names_for(machine: Machine, group: Group, out: Any, q_s: Queries) -> dict[str, Any]:
+    """The names an emitted file imports."""
+    def expect(bar: Barrier, nbytes: int, pred: Any = True) -> None:
+        bar.change(1, int(nbytes))
+
+    def copy(desc: Descriptor, place: list[Any], bar: Barrier, target: Any) -> None:
+        target.ring.write(target.kind, target.place, desc.load(place))
+        bar.change(0, -desc.block_type.nbytes)
+
+    def arrive(bar: Barrier, count: int = 1, pred: Any = True) -> None:
+        if pred:
+            bar.change(count, 0)
+
+    def wait(bar: Barrier, phase: Any, pred: Any = True) -> None:
+        if pred:
+            bar.wait(int(phase))
+
+    def write_out(desc: Any, place: list[Any], slot: Slot) -> None:
+        batch, head, row, _ = map(int, place)
+        data = slot.staged
+        block = data.reshape(-1, 64 // (q_s.shape[2]), data.shape[-1])
+        rows = min(block.shape[1], out.shape[2] - row)
+        if rows > 0:
+            out[batch, head:head + len(block), row:row + rows] = block[:, :rows, :out.shape[3]]
+
+    gl = language(machine, group, 1)
+    gl.NVMMASharedLayout = SimpleNamespace(get_default_for=lambda *_: None)
+    return {
+        "gl": gl, "fence_async_shared": lambda: None,
+        "mbarrier": SimpleNamespace(expect=expect, arrive=arrive, wait=wait),
+        "tma": SimpleNamespace(async_copy_global_to_shared=copy,
+                               async_copy_shared_to_global=write_out, store_wait=lambda _: None),
+        "warpgroup_mma": group.mma, "warpgroup_mma_wait": lambda n, deps: group.wait(n, deps)}
