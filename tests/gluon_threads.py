@@ -1,13 +1,16 @@
 """Runs an emitted Gluon attention kernel on the CPU: a thread for each warp group, real numbers.
 
 Shared memory, mbarriers and their phases, letters and named barriers are kept; layouts are not.
-Products are computed when they are waited for, as late as the kernel allows, so a slot that is
-handed back too early shows in the numbers. Blocked threads end in an error, not in a hang.
+Products are computed when they are waited for, as late as the kernel allows, and copies arrive late
+and in any order (seeded), so a slot that is handed back too early shows in the numbers. Blocked
+threads end in an error, not in a hang.
 """
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,8 +51,22 @@ class Machine:
 
     def __init__(self) -> None:
         self.lock = threading.Condition()
-        self.dead = False
+        self.dead = self.done = False
+        self.copies: list[Any] = []
         self.turns = {"9": 0, "10": 0}
+
+    def copy_all(self, seed: int) -> None:
+        """The copy engine: takes any waiting copy, now and then after a pause."""
+        chance = random.Random(seed)
+        while True:
+            with self.lock:
+                self.lock.wait_for(lambda: self.copies or self.done or self.dead)
+                if not self.copies:
+                    return
+                copy = self.copies.pop(chance.randrange(len(self.copies)))
+            if chance.random() < 0.2:
+                time.sleep(chance.random() * 0.002)
+            copy()
 
     def until(self, ready: Any, what: str) -> None:
         with self.lock:
@@ -288,7 +305,7 @@ HELPERS = {
 
 
 def run_forward(source: str, constants: dict[str, Any], descriptors: list[Descriptor],
-                out: Any, lse: Any, numbers: list[Any], more: list[Any], scale: float) -> None:
+                out: Any, lse: Any, numbers: list[Any], more: list[Any], scale: float, seed: int) -> None:
     """One program walks all items: `forward` of the file on numpy data.
 
     descriptors  in the file's order, without the output's; out float64[B, H, L, Dv], lse flat
@@ -348,10 +365,15 @@ def run_forward(source: str, constants: dict[str, Any], descriptors: list[Descri
             ("hand_out", *b[6:], mail, queue, *numbers[:8], *numbers[9:15], *lengths, *more,
              *tail)]
     threads = [threading.Thread(target=start, args=w, daemon=True) for w in work]
-    for t in threads:
+    engine = threading.Thread(target=machine.copy_all, args=(seed,), daemon=True)
+    for t in (*threads, engine):
         t.start()
     for t in threads:
         t.join()
+    with machine.lock:
+        machine.done = True
+        machine.lock.notify_all()
+    engine.join()
     if failures:
         raise failures[0]
 
@@ -376,8 +398,13 @@ def names_for(machine: Machine, group: Group, out: Any, q_s: Queries) -> dict[st
         bar.change(1, int(nbytes))
 
     def copy(desc: Descriptor, place: list[Any], bar: Barrier, target: Any) -> None:
-        target.ring.write(target.kind, target.place, desc.load(place))
-        bar.change(0, -desc.block_type.nbytes)
+        def carry_out() -> None:
+            target.ring.write(target.kind, target.place, desc.load(place))
+            bar.change(0, -desc.block_type.nbytes)
+
+        with machine.lock:
+            machine.copies.append(carry_out)
+            machine.lock.notify_all()
 
     def arrive(bar: Barrier, count: int = 1, pred: Any = True) -> None:
         if pred:
