@@ -15,31 +15,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from gluon_names import Pointer, language, tensor
 
 PATIENCE = 20.0  # seconds a warp group may wait
-
-
-class Tensor(np.ndarray):  # type: ignore[type-arg]
-    """A register tensor."""
-
-    type = SimpleNamespace(layout=None)
-
-    def to(self, kind: Any) -> Any:
-        return tensor(np.asarray(self).astype(np.int64)) if kind == "int" else self
-
-
-def tensor(x: Any) -> Any:
-    return np.asarray(x).view(Tensor)
-
-
-class Pointer:
-    """A pointer into flat memory."""
-
-    def __init__(self, memory: Any, place: Any = 0) -> None:
-        self.memory, self.place = memory, place
-
-    def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.memory, self.place + np.asarray(offset))
 
 
 class Failed(Exception):
@@ -206,7 +184,8 @@ class Group:
     def __init__(self) -> None:
         self.flying: list[Product] = []
 
-    def mma(self, a: Any, b: Any, acc: Any, use_acc: bool = True, is_async: bool = True) -> Product:
+    def mma(self, a: Any, b: Any, acc: Any, use_acc: bool = True,
+            is_async: bool = True) -> Product:
         made = Product(a, b, value_of(acc) if use_acc else None)
         self.flying.append(made)
         return made
@@ -234,51 +213,6 @@ class Matrix:
     def __call__(self) -> Any:
         found = self.ring.read(self.slot, self.rows)
         return found.T if self.turned else found
-
-
-def load(pointer: Pointer, mask: Any = True, other: Any = 0) -> Any:
-    place = np.asarray(pointer.place)
-    keep = np.broadcast_to(mask, np.broadcast_shapes(place.shape, np.shape(mask)))
-    place = np.where(keep, place, 0)
-    assert ((place >= 0) & (place < len(pointer.memory)))[keep].all(), "a load out of bounds"
-    found = np.where(keep, pointer.memory[np.clip(place, 0, len(pointer.memory) - 1)], other)
-    return tensor(found) if found.ndim else found[()]
-
-
-def store(pointer: Pointer, value: Any, mask: Any = True) -> None:
-    place, value, keep = np.broadcast_arrays(np.asarray(pointer.place), np.asarray(value), mask)
-    pointer.memory[place[keep]] = value[keep]
-
-
-def language(machine: Machine, group: Group, programs: int) -> SimpleNamespace:
-    """The names of `gluon.language` that kernels use."""
-    def layout(*_: Any, **__: Any) -> None:
-        return None
-
-    def add(pointer: Pointer, value: int) -> int:
-        with machine.lock:
-            old = int(pointer.memory[pointer.place])
-            pointer.memory[pointer.place] = old + value
-            return old
-
-    return SimpleNamespace(
-        constexpr=lambda x: x, static_range=range, to_tensor=lambda x: x, int32="int",
-        int64="long", float32="float", uint32="uint", program_id=lambda _: 0,
-        num_programs=lambda *_: programs, num_warps=lambda *_: 4, atomic_add=add, load=load, store=store,
-        arange=lambda a, b, layout=None: tensor(np.arange(a, b)),
-        full=lambda shape, x, dtype=None, layout=None: tensor(np.full(shape, x)),
-        zeros=lambda shape, dtype=None, layout=None: tensor(
-            np.zeros(shape, np.int64 if dtype == "int" else np.float64)),
-        where=lambda c, a, b: tensor(np.where(c, a, b)) if np.ndim(np.where(c, a, b)) else
-        np.where(c, a, b)[()],
-        expand_dims=lambda x, axis: tensor(np.expand_dims(x, axis)),
-        convert_layout=lambda x, layout, assert_trivial=False: x,
-        max=lambda x, axis: tensor(np.max(x, axis)) if np.ndim(x) > 1 else np.max(x, axis),
-        sum=lambda x, axis: tensor(np.sum(x, axis)) if np.ndim(x) > 1 else np.sum(x, axis),
-        maximum=np.maximum, minimum=np.minimum, exp2=np.exp2, log2=np.log2,
-        cdiv=lambda a, b: -(-a // b), cast=lambda x, _: x, BlockedLayout=layout,
-        SliceLayout=layout, NVMMADistributedLayout=layout, DotOperandLayout=layout,
-        DistributedLinearLayout=layout)
 
 
 class Letter:
@@ -330,7 +264,7 @@ def run_forward(source: str, constants: dict[str, Any], descriptors: list[Descri
     tail = [c[n] for n in ("HEADS_PACKED", "SPAN", "NARROW", "BLOCK_N", "GRAIN", "K_SLOTS",
                            "V_SLOTS", "WITH_LSE")]
     b = [bars[name] for name in sizes]
-    items, q_tiles, batch_groups, groups, section, first, count, splits, kv_group = numbers[:9]
+    items, _, batch_groups, groups, _, first, count, _, kv_group = numbers[:9]
     lengths = numbers[15:19]
     nothing = Pointer(np.zeros(1))
     columns = descriptors[5:]
@@ -422,7 +356,7 @@ def names_for(machine: Machine, group: Group, out: Any, q_s: Queries) -> dict[st
         if rows > 0:
             out[batch, head:head + len(block), row:row + rows] = block[:, :rows, :out.shape[3]]
 
-    gl = language(machine, group, 1)
+    gl = language(machine.lock, 1)
     gl.NVMMASharedLayout = SimpleNamespace(get_default_for=lambda *_: None)
     return {
         "gl": gl, "fence_async_shared": lambda: None,
