@@ -239,7 +239,8 @@ HELPERS = {
 
 
 def run_forward(source: str, constants: dict[str, Any], descriptors: list[Descriptor],
-                out: Any, lse: Any, numbers: list[Any], more: list[Any], scale: float, seed: int) -> None:
+                out: Any, lse: Any, numbers: list[Any], more: list[Any], scale: float,
+                seed: int) -> None:
     """One program walks all items: `forward` of the file on numpy data.
 
     descriptors  in the file's order, without the output's; out float64[B, H, L, Dv], lse flat

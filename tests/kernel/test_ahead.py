@@ -112,9 +112,10 @@ from ahead import SHARED_LIMIT, compile_listed
 from maskdsl import Blocks, Columns, LastQ, Sink, TokenTopK, VerticalSlash, Window
 vs, bf16, fp16, rows = VerticalSlash("vs"), torch.bfloat16, torch.float16, []
 for mask, dtype, dim, value_dim, packed in [
-    (vs, bf16, 128, 128, 1), (vs, bf16, 128, 128, 4), (vs | Columns("c"), fp16, 64, 64, 1),
+    (vs, bf16, 128, 128, 1), (vs | Columns("c"), fp16, 64, 64, 4),
 ] if sys.argv[1] == "few" else [
     (Sink(8) | Window(512) | LastQ(128) | vs, bf16, 128, 128, 1), (vs, bf16, 64, 64, 2),
+    (vs | Columns("c"), bf16, 128, 128, 1), (vs, bf16, 128, 128, 4),
     (Blocks("b", 128, 128) | Sink(4), bf16, 128, 128, 4), (Blocks("b") | vs, bf16, 96, 64, 1),
     (TokenTopK("t") - Window(64), fp16, 128, 128, 1),
 ]:
@@ -241,8 +242,8 @@ def test_hopper_kernels_of_lists_overlap_too(which: str) -> None:
     they read of an item; a computing loop may fetch a few constants, and no more."""
     for row in run_program(HOPPER_LISTS, which):
         assert row["shared"] <= row["limit"], row["what"]
-        inner = [loop for loop in row["loops"] if short(loop).count("Q") == 1]
-        assert inner, row["what"]
+        inner = [loop for loop in row["loops"] if len(loop) < 2000]  # others are loops over items
+        assert len(inner) >= 4, row["what"]  # two a computing warp group
         for loop in inner:
             assert re.fullmatch(r"[eE]*QWe?Ee?W", short(loop)), (row["what"], short(loop))
             moved = sum(op.startswith(("LDL", "STL")) for op in loop)

@@ -11,13 +11,16 @@ import torch
 from gluon_threads import Descriptor, Pointer, run_forward
 
 from maskdsl import (
+    BlockDiagonal,
     BlockIndices,
     Blocks,
     Causal,
     ColumnIndices,
     Columns,
+    FirstQ,
     LastQ,
     Mask,
+    PerHead,
     Shape,
     Sink,
     VerticalSlash,
@@ -31,7 +34,7 @@ from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit_hopper_listed import emit_listed
 from maskdsl.codegen.emit_hopper_lists import kernel_parameters
 from maskdsl.codegen.hopper import HopperForward
-from maskdsl.codegen.hopper_cut import GRAIN, TILE, HopperConfig
+from maskdsl.codegen.hopper_cut import GRAIN, TILE, HopperConfig, refuse_mask
 from maskdsl.codegen.kernel import LOG2_E, output_maker
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan
@@ -132,3 +135,15 @@ def test_values_and_lse(mask: Mask, heads: int, dim: int, on_threads: None) -> N
     torch.testing.assert_close(lse.double(), exact_lse, atol=2e-6, rtol=0)
     out = out.transpose(1, 2) if layout == "blhd" else out
     torch.testing.assert_close(out.double(), exact, atol=2e-3, rtol=1e-3)
+
+
+def test_by_name_only() -> None:
+    """What no GPU has run is no default."""
+    for mask in (VerticalSlash("vs"), Blocks("blk") - Window(64)):
+        whole = simplify(Causal() & mask)
+        assert "backend='hopper' takes it" in refuse_mask(whole)
+        assert not refuse_mask(whole, by_name=True)
+    assert "kind of head" in refuse_mask(PerHead([VerticalSlash("vs"), Sink(4)]), by_name=True)
+    many = BlockDiagonal([100, 200, 300]) | Sink(3) | Window(9) | LastQ(5) | FirstQ(2)
+    wide = simplify(many | VerticalSlash("vs"))
+    assert "too many separate intervals" in refuse_mask(wide, by_name=True)
