@@ -247,4 +247,4 @@ def test_hopper_kernels_of_lists_overlap_too(which: str) -> None:
         for loop in inner:
             assert re.fullmatch(r"[eE]*QWe?Ee?W", short(loop)), (row["what"], short(loop))
             moved = sum(op.startswith(("LDL", "STL")) for op in loop)
-            assert moved <= 16, (row["what"], moved)
+            assert moved <= 32, (row["what"], moved)
