@@ -118,7 +118,7 @@ def row_names(plan: Plan) -> list[str]:
     """The rows of the call's data that serve an item's heads: divisions the planner does."""
     names = [f"slot_{atom.slot}_row" for atom in plan.lists.atoms if isinstance(atom, ListMask)]
     names += ["slash_row"] if plan.lists.slashes else []
-    return names + (["column_row", "column_head"] if plan.lists.columns else [])
+    return names + (["column_row"] if plan.lists.columns else [])
 
 
 def hull_names(plan: Plan) -> list[str]:
@@ -171,7 +171,6 @@ def planner_parameters(plan: Plan) -> list[Parameter]:
     """The planner's arguments beyond lengths and heads."""
     found = [p for atom in plan.lists.atoms for p in atom_parameters(atom)]
     found += [p for p in list_parameters(plan.lists) if not p.name.endswith("_rows")]
-    found += [Parameter("union_copy_share", False)] if plan.lists.columns else []
     return [*found, Parameter("union_plan", True)]
 
 
@@ -190,8 +189,6 @@ def emit_planner(plan: Plan) -> str:
             setup += [f"{name}_row = (batch * {at}_batch + head // {at}_share).to(tl.int64)",
                       f"{at}_marks += {name}_row * {sets} * {at}_words",
                       f"{at}_before += {name}_row * {sets} * {at}_words"]
-    if lists.columns:
-        setup.append("column_head = head // union_copy_share")
     found = planner_parameters(plan)
     stores = tuple(f"tl.store(here + {i}, {name})" for i, name in enumerate(numbers.names))
     pieces = {
@@ -229,8 +226,9 @@ def kernel_parameters(plan: Plan) -> list[Parameter]:
                *(["tile_capacity", "tile_words"] if plan.lists.tables else []),
                *(f"{kind}_{n}" for kind, made in (("slash", plan.lists.slashes),
                                                   ("column", plan.lists.columns)) if made
-                 for n in ("capacity", "words"))]
-    found = [p for p in found if not p.name.endswith("_share")]
+                 for n in ("capacity", "words")),
+               *(["copy_share"] if plan.lists.columns else [])]
+    found = [p for p in found if not p.name.endswith("_share")]  # the planner divides by those
     return [*found, *(Parameter(f"union_{n}", True) for n in names),
             *(Parameter(f"union_{n}", False) for n in numbers)]
 
@@ -288,6 +286,8 @@ def join_lines(plan: Plan) -> tuple[str, ...]:
         point("column_list", "union_column_list + column_row * union_column_capacity")
         point("column_marks", "union_column_marks + column_row * union_column_words")
         point("column_before", "union_column_before + column_row * union_column_words")
+        # copies are those of a key/value head, lists may be shared by all
+        point("column_head", "head // union_copy_share")
     return (*lines, f"state = ({', '.join(found)},)")
 
 

@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dynamic_strategies import BATCH, HEADS, KV_HEADS, dynamic_masks, slot_data
 from gluon_threads import Descriptor, Pointer, run_forward
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from strategies import shapes
 
 from maskdsl import (
     BlockDiagonal,
@@ -40,8 +44,6 @@ from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan
 from maskdsl.dense import dense_attention
 from maskdsl.dynamic import slots_of
-
-HEADS, KV_HEADS, BATCH = 4, 1, 1
 
 
 class ThreadKernel:
@@ -109,6 +111,25 @@ def make_data(mask: Mask, length: int, heads: int) -> dict[str, Any]:
     return {atom.slot: data[atom.slot] for atom in slots_of(mask)}
 
 
+def check(whole: Mask, shape: Shape, data: dict[str, Any], sizes: tuple[int, int, int], dim: int,
+          layout: str) -> None:
+    """One call against dense attention; sizes: batch, query heads, key/value heads."""
+    batch, heads, kv_heads = sizes
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(batch, h, n, dim, generator=generator).half() for h, n in (
+        (heads, shape.q_len), (kv_heads, shape.kv_len), (kv_heads, shape.kv_len)))
+    given = [t.transpose(1, 2).contiguous() if layout == "blhd" else t for t in (q, k, v)]
+    views = [t.transpose(1, 2) if layout == "blhd" else t for t in given]
+    call = HopperForward(whole).prepare(*views, shape, dim**-0.5 * LOG2_E,
+                                        output_maker(views[0], dim, layout, True), True)
+    out, lse = call(*given, data)
+    live = dense(whole, shape, batch, heads, "cpu", data)
+    exact, exact_lse = dense_attention(q.double(), k.double(), v.double(), live)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=2e-6, rtol=0)
+    out = out.transpose(1, 2) if layout == "blhd" else out
+    torch.testing.assert_close(out.double(), exact, atol=2e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize(("mask", "heads", "dim"), [
     (VerticalSlash("vs"), 4, 128), (VerticalSlash("vs"), 2, 64),
     (Sink(8) | Window(70) | LastQ(40) | VerticalSlash("vs"), 4, 64),
@@ -119,22 +140,23 @@ def make_data(mask: Mask, length: int, heads: int) -> dict[str, Any]:
 def test_values_and_lse(mask: Mask, heads: int, dim: int, on_threads: None) -> None:
     """Lists for all heads, for pairs of them and for each: four, two and one head an item. The
     output is float16; the lse is exact."""
-    whole, shape = simplify(Causal() & mask), Shape(330, 460)
-    data = make_data(whole, 460, heads)
-    generator = torch.Generator().manual_seed(3)
-    layout = "blhd" if dim == 64 else "bhld"
-    q, k, v = (torch.randn(BATCH, h, n, dim, generator=generator).half()
-               for h, n in ((HEADS, 330), (KV_HEADS, 460), (KV_HEADS, 460)))
-    given = [t.transpose(1, 2).contiguous() if layout == "blhd" else t for t in (q, k, v)]
-    views = [t.transpose(1, 2) if layout == "blhd" else t for t in given]
-    call = HopperForward(whole).prepare(*views, shape, dim**-0.5 * LOG2_E,
-                                        output_maker(views[0], dim, layout, True), True)
-    out, lse = call(*given, data)
-    live = dense(whole, shape, BATCH, HEADS, "cpu", data)
-    exact, exact_lse = dense_attention(q.double(), k.double(), v.double(), live)
-    torch.testing.assert_close(lse.double(), exact_lse, atol=2e-6, rtol=0)
-    out = out.transpose(1, 2) if layout == "blhd" else out
-    torch.testing.assert_close(out.double(), exact, atol=2e-3, rtol=1e-3)
+    whole = simplify(Causal() & mask)
+    kv_heads = 2 if mask == Columns("cols") else 1  # one list, a copy for each key/value head
+    check(whole, Shape(330, 460), make_data(whole, 460, heads), (1, 4, kv_heads), dim,
+          "blhd" if dim == 64 else "bhld")
+
+
+@settings(max_examples=5, suppress_health_check=list(HealthCheck))
+@given(dynamic_masks(), shapes(max_len=200), st.data())
+def test_random_masks(on_threads: None, mask: Mask, shape: Shape, data: st.DataObject) -> None:
+    whole = simplify(mask)
+    limit = min((x for m in mask.walk() if (x := m.limit()) is not None), default=1 << 60)
+    slots = data.draw(slot_data(mask, shape))
+    if not slots_of(whole) or refuse_mask(whole, by_name=True) or not shape.q_len or \
+            not shape.kv_len or max(shape.q_offset + shape.q_len, shape.kv_len) > limit:
+        return
+    check(whole, shape, {atom.slot: slots[atom.slot] for atom in slots_of(whole)},
+          (BATCH, HEADS, KV_HEADS), 64, "bhld")
 
 
 def test_by_name_only() -> None:
