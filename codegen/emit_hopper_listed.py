@@ -162,6 +162,11 @@ def listed_template(plan: Plan) -> str:
         text = text.replace(f"{name}, ", f"{name}<MORE>, ")
     text = text.replace("loose, state, BLOCK_N, GRAIN, BLOCK_N",
                         "loose, letter, BLOCK_N, GRAIN, BLOCK_N")
+    # the letter that says stop is read like any other: it names places that exist
+    text = patch(text, "open_item(item, q_tiles, batch_groups, groups, section, split_first, "
+                 "split_count,\n                      splits",
+                 "open_item(gl.minimum(item, items - 1), q_tiles, batch_groups, groups, section,\n"
+                 "                      split_first, split_count, splits")
     text = patch(text, GRAINS, GRAINS.replace("gl.static_range", "range"))
     text = patch(text, APART, "        scattered = are_apart(place, start, loose, state, GRAIN)\n")
     text = re.sub(r"\btotal_len(?=[,)])", "total_len<MORE>", text)
