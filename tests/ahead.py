@@ -191,18 +191,42 @@ def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int
                    *, causal: bool = True) -> tuple[Compiled, list[list[str]]]:
     """Compile the Hopper kernel of a mask for `group` query heads a key/value head; also the
     machine instructions of its loops (`loops_of`)."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    from maskdsl.codegen.hopper import HopperForward, blocks_of, constants_of, pick_hopper
+    from maskdsl.codegen.hopper import HopperForward, pick_hopper
 
     whole = simplify(Causal() & mask if causal else mask)
     config = pick_hopper(whole, group, head_dim)
     _, forward = HopperForward(whole).kernel(config)
+    return compile_gluon(forward, config, dtype, head_dim, value_dim, set())
+
+
+def compile_listed(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, packed: int,
+                   *, causal: bool = True) -> tuple[Compiled, list[list[str]]]:
+    """Compile the Hopper kernel of a mask with call-time data, `packed` query heads an item."""
+    from maskdsl.codegen.emit_hopper_lists import kernel_parameters
+    from maskdsl.codegen.hopper import HopperForward
+    from maskdsl.codegen.hopper_lists import pick_listed
+
+    whole = simplify(Causal() & mask if causal else mask)
+    config = pick_listed(whole, packed, packed, head_dim)
+    plan, forward = HopperForward(whole).kernel(config)
+    pointers = {p.name for p in kernel_parameters(plan) if p.is_pointer}
+    return compile_gluon(forward, config, dtype, head_dim, value_dim, pointers)
+
+
+def compile_gluon(forward: Any, config: Any, dtype: torch.dtype, head_dim: int, value_dim: int,
+                  pointers: set[str]) -> tuple[Compiled, list[list[str]]]:
+    """Compile one Gluon kernel as the launcher would specialise it."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from maskdsl.codegen.hopper import blocks_of, constants_of
+
     element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
     constants = constants_of(config, with_lse=True)
-    blocks = dict(zip((name for name in forward.arg_names if name.endswith("desc")),
-                      blocks_of(config, head_dim, value_dim), strict=True))
+    q, k, v, k_grain, v_grain, out = blocks_of(config, head_dim, value_dim)
+    blocks = {"q_desc": q, "k_desc": k, "v_desc": v, "k_grain_desc": k_grain,
+              "v_grain_desc": v_grain, "k_column_desc": k_grain, "v_column_desc": v_grain,
+              "out_desc": out}
     signature, places, attributes = {}, {}, {}
     for i, arg in enumerate(forward.arg_names):
         if arg in blocks:
@@ -210,8 +234,8 @@ def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int
             signature[arg] = f"tensordesc<{NAMES[dtype]}{list(blocks[arg])},{layout!r}>"
         elif arg in constants:
             signature[arg], places[(i,)] = "constexpr", constants[arg]
-        elif arg.endswith("_ptr") or arg == "queue":
-            signature[arg] = "*i32" if arg == "queue" else "*fp32"
+        elif arg.endswith("_ptr") or arg == "queue" or arg in pointers:
+            signature[arg] = "*fp32" if arg.endswith("_ptr") else "*i32"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[arg] = "fp32" if arg == "scale" else "i32"
