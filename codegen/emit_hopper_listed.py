@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from maskdsl.codegen.emit import indent, read_template
+from maskdsl.codegen.emit import read_template
 from maskdsl.codegen.emit_hopper import (
     LETTER,
     common_pieces,
@@ -25,6 +25,7 @@ from maskdsl.codegen.emit_hopper_lists import (
     place_functions,
     state_line,
 )
+from maskdsl.codegen.emit_walk import indent
 from maskdsl.codegen.hopper_list_masks import mask_functions, side_functions
 from maskdsl.codegen.plan import Plan
 

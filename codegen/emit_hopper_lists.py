@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from maskdsl.codegen.emit import indent, read_template
+from maskdsl.codegen.emit import read_template
 from maskdsl.codegen.emit_hopper import Place, in_gluon, place_text, places_of
 from maskdsl.codegen.emit_lists import (
     TILE_SETUP,
@@ -22,6 +22,7 @@ from maskdsl.codegen.emit_lists import (
     parameters_text,
     slash_segments,
 )
+from maskdsl.codegen.emit_walk import indent
 from maskdsl.codegen.listing import Parameter, Segment
 from maskdsl.codegen.lists import atom_parameters, list_parameters
 from maskdsl.codegen.plan import Plan

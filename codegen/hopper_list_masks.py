@@ -6,7 +6,7 @@ then costs what it costs in a static mask. Else pair by pair, with a look-up for
 
 from __future__ import annotations
 
-from maskdsl.codegen.emit import indent, read_template
+from maskdsl.codegen.emit import read_template
 from maskdsl.codegen.emit_hopper import INTERVAL, in_gluon
 from maskdsl.codegen.emit_hopper_lists import (
     column_limit,
@@ -15,6 +15,7 @@ from maskdsl.codegen.emit_hopper_lists import (
     setup_lines,
     state_line,
 )
+from maskdsl.codegen.emit_walk import indent
 from maskdsl.codegen.listing import PAD, ListedTest
 from maskdsl.codegen.lists import blocks_of, is_table
 from maskdsl.codegen.members import list_atoms, live_lines, looked_up
