@@ -160,20 +160,38 @@ def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int
                    *, causal: bool = True) -> tuple[Compiled, list[list[str]]]:
     """Compile the Hopper kernel of a mask for `group` query heads a key/value head; also the
     machine instructions of its loops (`loops_of`)."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon._runtime import GluonASTSource
-
     from maskdsl.codegen.hopper import HopperForward, blocks_of, constants_of, pick_hopper
 
     whole = simplify(Causal() & mask if causal else mask)
     config = pick_hopper(whole, group, head_dim)
     _, forward = HopperForward(whole).kernel(config)
+    return compile_gluon(forward, dtype, blocks_of(config, head_dim, value_dim),
+                         constants_of(config, with_lse=True))
+
+
+def compile_hopper_backward(mask: Mask, dtype: torch.dtype, head_dim: int, share: int, by_key: bool,
+                            *, causal: bool = True) -> tuple[Compiled, list[list[str]]]:
+    """Compile one side of the Hopper backward for `share` query heads a key/value head."""
+    from maskdsl.codegen.hopper_backward import blocks_of, constants_of, kernel_of
+    from maskdsl.codegen.hopper_backward_cut import KeySide, QuerySide
+
+    whole = simplify(Causal() & mask if causal else mask)
+    side = KeySide(whole, share) if by_key else QuerySide(whole, share)
+    return compile_gluon(kernel_of(side), dtype, blocks_of(side, head_dim),
+                         constants_of(side, head_dim))
+
+
+def compile_gluon(kernel: Any, dtype: torch.dtype, boxes: list[tuple[int, ...]],
+                  constants: dict[str, Any]) -> tuple[Compiled, list[list[str]]]:
+    """Compile a Gluon kernel for sm_90; `boxes` are those of its descriptors, in order."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
     element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    constants = constants_of(config, with_lse=True)
-    blocks = dict(zip((name for name in forward.arg_names if name.endswith("desc")),
-                      blocks_of(config, head_dim, value_dim), strict=True))
+    blocks = dict(zip((name for name in kernel.arg_names if name.endswith("desc")), boxes,
+                      strict=True))
     signature, places, attributes = {}, {}, {}
-    for i, arg in enumerate(forward.arg_names):
+    for i, arg in enumerate(kernel.arg_names):
         if arg in blocks:
             layout = gl.NVMMASharedLayout.get_default_for(list(blocks[arg]), element)
             signature[arg] = f"tensordesc<{NAMES[dtype]}{list(blocks[arg])},{layout!r}>"
@@ -183,13 +201,13 @@ def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int
             signature[arg] = "*i32" if arg == "queue" else "*fp32"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[arg] = "fp32" if arg == "scale" else "i32"
+            signature[arg] = "fp32" if arg.startswith("scale") else "i32"
     options = {name: constants[name] for name in ("num_warps", "maxnreg")}
-    kernel = triton.compile(GluonASTSource(forward, signature, places, attributes),
-                            target=TARGETS["sm_90"], options=options)
-    text = kernel.asm["ptx"]
-    return (Compiled(kernel.metadata.shared, count_spills("sm_90", text), text),
-            loops_of(kernel.asm["cubin"]))
+    made = triton.compile(GluonASTSource(kernel, signature, places, attributes),
+                          target=TARGETS["sm_90"], options=options)
+    text = made.asm["ptx"]
+    return (Compiled(made.metadata.shared, count_spills("sm_90", text), text),
+            loops_of(made.asm["cubin"]))
 
 
 def loops_of(cubin: bytes) -> list[list[str]]:
