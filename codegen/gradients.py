@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from triton.runtime.errors import OutOfResources
@@ -158,10 +158,24 @@ def launch_options(config: Config, q: Tensor, value_dim: int, align: int) -> dic
 def prepare_gradients(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor, shape: Shape,
                       scale: float, layout: str, with_lse: bool) -> Call:
     """Like `TritonForward.prepare`, for calls that autograd records."""
+    from maskdsl.codegen.hopper_backward import hopper_backward_of, refuse_call
+
     run = forward.prepare(q, k, v, shape, scale, layout, True)
-    kernels = backward_of(forward.kinds[0][1], forward.chosen)
+    kernels: Kernels = backward_of(forward.kinds[0][1], forward.chosen)
+    if refused := refuse_call(forward, q, k, v):
+        debug(1, f"gradients of {forward.mask!r} by the portable kernels: {refused}")
+    else:
+        kernels = hopper_backward_of(forward.mask, q.shape[1] // k.shape[1])
     call = Backward(kernels, run, shape, scale, layout == "blhd")
     return lambda q, k, v, data: call(q, k, v, with_lse)
+
+
+class Kernels(Protocol):
+    """What computes the gradients of a call."""
+
+    def run(self, call: Backward, tensors: tuple[Tensor, ...], grad_out: Tensor,
+            grad_lse: Tensor | None, wanted: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
+        """(dq, dk, dv), as `TritonBackward.run`."""
 
 
 class Backward:
@@ -171,7 +185,7 @@ class Backward:
     turned   tensors are [B, L, H, D]
     """
 
-    def __init__(self, kernels: TritonBackward, forward: Callable[..., Any], shape: Shape,
+    def __init__(self, kernels: Kernels, forward: Callable[..., Any], shape: Shape,
                  scale: float, turned: bool) -> None:
         self.kernels, self.forward = kernels, forward
         self.shape, self.scale, self.turned = shape, scale, turned

@@ -35,9 +35,9 @@ HALF = 64  # own rows of a computing warp group
 SUM_ROWS = 32  # rows a program of the small kernels
 
 
-def refuse_gradients(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """Why the portable kernels compute the gradients of such a call; "" where the Hopper backward
-    does. q, k, v are [B, H, L, D]."""
+def refuse_call(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Why the portable kernels compute the gradients of such a call, [B, H, L, D]; "" where the
+    Hopper backward does."""
     if not forward.must:
         return ("the Hopper backward has not yet run on a GPU, so it must be asked for with "
                 "backend='hopper'")

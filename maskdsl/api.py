@@ -73,7 +73,9 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     backward  True lets autograd through the Triton and Hopper backends, with kernels for the
              gradients: masks without runtime slots, kinds of heads (`PerHead`) and score
              modifiers. Tested in Triton's interpreter and compiled ahead of time, not yet run on a
-             GPU, which is why it must be asked for. The torch backend is always differentiable.
+             GPU, which is why it must be asked for. With backend="hopper" by name the Hopper
+             backward computes what it takes (`.gradient_refusal(q, k, v)` says what it does not and
+             why), the portable kernels the rest. The torch backend is always differentiable.
 
     Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError,
     GradientError.
@@ -167,6 +169,19 @@ class Attention:
         forward: Any = self._forward
         refused: str = forward.refuse_hopper(q, k, v)
         return refused
+
+    def gradient_refusal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+        """Why the Hopper backward does not compute the gradients of such a call, so that the
+        portable kernels do (the torch backend: PyTorch); "" where it does."""
+        check_ranks(q, k, v, self.layout)
+        if self.backend == "torch":
+            return "backend='torch'"
+        from maskdsl.codegen.hopper_backward import refuse_call
+
+        if self.layout == "blhd":
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        forward: Any = self._forward
+        return refuse_call(forward, q, k, v)
 
     def __repr__(self) -> str:
         return f"<maskdsl attention {self.mask!r}, backend={self.backend!r}>"
