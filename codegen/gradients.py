@@ -156,7 +156,7 @@ def launch_options(config: Config, q: Tensor, value_dim: int, align: int) -> dic
 
 
 def prepare_gradients(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor, shape: Shape,
-                      scale: float, layout: str, with_lse: bool) -> Call:
+                      scale: float, layout: str, with_lse: bool, *, adds: bool = False) -> Call:
     """Like `TritonForward.prepare`, for calls that autograd records."""
     from maskdsl.codegen.hopper_backward import hopper_backward_of, refuse_call
 
@@ -165,7 +165,7 @@ def prepare_gradients(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor, s
     if refused := refuse_call(forward, q, k, v):
         debug(1, f"gradients of {forward.mask!r} by the portable kernels: {refused}")
     else:
-        kernels = hopper_backward_of(forward.mask, q.shape[1] // k.shape[1])
+        kernels = hopper_backward_of(forward.mask, q.shape[1] // k.shape[1], adds)
     call = Backward(kernels, run, shape, scale, layout == "blhd")
     return lambda q, k, v, data: call(q, k, v, with_lse)
 

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from maskdsl.codegen.gradients import Backward
 
 Tensor = torch.Tensor
-SLOTS = {64: 4, 128: 3}  # passing tiles in flight, by head dimension: what shared memory holds
+SLOTS = {(64, False): 4, (128, False): 3, (128, True): 2}  # passing tiles in flight, by head
+# dimension and whether dQ is added up beside dK and dV: what shared memory holds
 REGISTERS = {True: 232, False: 216}  # of a computing thread, by key and by query
+ADDS_DIM = 128  # the head dimension at which dQ can be added up beside dK and dV
 HALF = 64  # own rows of a computing warp group
 SUM_ROWS = 32  # rows a program of the small kernels
 
@@ -46,10 +48,12 @@ def refuse_call(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 class HopperBackward:
-    """The gradients' kernels of one static mask, for `share` query heads a key/value head."""
+    """The gradients' kernels of one static mask, for `share` query heads a key/value head; with
+    `adds` one kernel computes all, if all are wanted."""
 
-    def __init__(self, mask: Mask, share: int) -> None:
+    def __init__(self, mask: Mask, share: int, adds: bool = False) -> None:
         self.by_query, self.by_key = QuerySide(mask, share), KeySide(mask, share)
+        self.all_by_key = KeySide(mask, share, True) if adds else None
 
     def run(self, call: Backward, tensors: tuple[Tensor, ...], grad_out: Tensor,
             grad_lse: Tensor | None, wanted: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
@@ -65,20 +69,28 @@ class HopperBackward:
             out, grad_out, lse, delta if grad_lse is None else grad_lse, delta, *out.stride()[:3],
             *grad_out.stride()[:3], heads, rows, DIM=dim, BLOCK=SUM_ROWS,
             WITH_LSE=grad_lse is not None)
-        dq = dk = dv = None
-        if wanted[0]:
-            dq = empty_rows(q)
-            launch(self.by_query, call, (q, grad_out), (k, v), (dq,), (lse, delta))
-        if wanted[1]:
-            dk, dv = empty_rows(k), empty_rows(v)
-            launch(self.by_key, call, (k, v), (q, grad_out), (dk, dv), (lse, delta))
+        dq = empty_rows(q) if wanted[0] else None
+        dk, dv = (empty_rows(k), empty_rows(v)) if wanted[1] else (None, None)
+        numbers = lse, delta
+        if dq is not None and dk is not None and dv is not None and self.all_by_key is not None \
+                and dim == ADDS_DIM:
+            sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+            launch(self.all_by_key, call, (k, v), (q, grad_out), (dk, dv), numbers, sums)
+            sum_parts[(-(-rows // SUM_ROWS), heads, batch)](
+                sums, dq, *dq.stride()[:3], heads, rows, 0, rows, 1, call.scale, DIM=dim,
+                BLOCK=SUM_ROWS)
+            return dq, dk, dv
+        if dq is not None:
+            launch(self.by_query, call, (q, grad_out), (k, v), (dq,), numbers)
+        if dk is not None and dv is not None:
+            launch(self.by_key, call, (k, v), (q, grad_out), (dk, dv), numbers)
         return dq, dk, dv
 
 
 @lru_cache(maxsize=256)
-def hopper_backward_of(mask: Mask, share: int) -> HopperBackward:
+def hopper_backward_of(mask: Mask, share: int, adds: bool) -> HopperBackward:
     """The Hopper gradients' kernels of a mask; calls of many shapes share them."""
-    return HopperBackward(mask, share)
+    return HopperBackward(mask, share, adds)
 
 
 @lru_cache(maxsize=256)
@@ -109,18 +121,21 @@ def blocks_of(side: Side, dim: int) -> list[tuple[int, ...]]:
 def constants_of(side: Side, dim: int) -> dict[str, Any]:
     """The constexpr arguments and options of a launch."""
     constants = side.constants
-    return {**constants, "SLOTS": SLOTS[dim], "REGISTERS": REGISTERS[constants["BY_KEY"]],
+    return {**constants, "SLOTS": SLOTS[dim, constants["ADDS"]],
+            "REGISTERS": REGISTERS[constants["BY_KEY"]],
             # sixteen warps, the last three of them idle, share 64 Ki registers before they trade
             "num_warps": 4, "maxnreg": 128}
 
 
 def launch(side: Side, call: Backward, own: tuple[Tensor, Tensor], passing: tuple[Tensor, Tensor],
-           results: tuple[Tensor, ...], numbers: tuple[Tensor, Tensor]) -> None:
+           results: tuple[Tensor, ...], numbers: tuple[Tensor, Tensor],
+           sums: Tensor | None = None) -> None:
     """Compute the gradients of one side.
 
     own      k and v, or q and the output's gradient; passing: the other two
     results  dk and dv, or dq
     numbers  lse and delta, float32 [B, Hq, Lq]
+    sums     float32 [B, Hq, Lq, D], to which dQ / scale is added, where the side of keys adds
     """
     shape, device = call.shape, own[0].device
     batch, owners, _, dim = own[0].shape
@@ -138,7 +153,8 @@ def launch(side: Side, call: Backward, own: tuple[Tensor, Tensor], passing: tupl
     for descriptor, t in zip(described, tensors, strict=True):
         descriptor.base = t
     kernel_of(side)[(min(cut.items, processors),)](
-        *described, *numbers, parts[0], parts[-1], queue(device), cut.items, cut.q_tiles,
+        *described, *numbers, parts[0], parts[-1],
+        numbers[0] if sums is None else sums, queue(device), cut.items, cut.q_tiles,
         groups * batch, groups, cut.section, cut.split_first, cut.split_count, cut.splits,
         side.share, side.members, heads, shape.q_len, shape.kv_len, shape.q_offset,
         shape.total_len, max(call.scale, LEAST_SCALE) * LOG2_E, call.scale,
@@ -159,7 +175,7 @@ def join(part: Tensor, result: Tensor, side: Side, cut: Schedule) -> None:
     rows = rows_of(side, cut)
     sum_parts[(-(-rows // SUM_ROWS), heads, batch)](
         part, result, *result.stride()[:3], heads, rows,
-        cut.split_first * int(side.constants["OWN_SPAN"]), length, cut.splits, DIM=dim,
+        cut.split_first * int(side.constants["OWN_SPAN"]), length, cut.splits, 1.0, DIM=dim,
         BLOCK=SUM_ROWS)
 
 

@@ -81,8 +81,9 @@ class QuerySide:
     @property
     def constants(self) -> dict[str, Any]:
         """The constexpr arguments of the kernel that the mask and the heads decide."""
-        return {"BY_KEY": False, "OWN_HEADS": self.own_heads, "OWN_SPAN": ROWS // self.own_heads,
-                "PASS_HEADS": 1, "TILE": PASS_ROWS // GRAIN, "GRAIN": GRAIN}
+        return {"BY_KEY": False, "ADDS": False, "OWN_HEADS": self.own_heads,
+                "OWN_SPAN": ROWS // self.own_heads, "PASS_HEADS": 1,
+                "TILE": PASS_ROWS // GRAIN, "GRAIN": GRAIN}
 
     @property
     def plan(self) -> Plan:
@@ -115,10 +116,12 @@ class KeySide:
     positions of up to 2 heads a step.
 
     share  query heads of a key/value head
+    adds   dQ too is summed here, by atomics into a float32 buffer
     """
 
     mask: Mask
     share: int
+    adds: bool = False
 
     @property
     def pass_heads(self) -> int:
@@ -128,8 +131,8 @@ class KeySide:
     @property
     def constants(self) -> dict[str, Any]:
         """The constexpr arguments of the kernel that the mask and the heads decide."""
-        return {"BY_KEY": True, "OWN_HEADS": 1, "OWN_SPAN": ROWS, "PASS_HEADS": self.pass_heads,
-                "TILE": 1, "GRAIN": PASS_ROWS // self.pass_heads}
+        return {"BY_KEY": True, "ADDS": self.adds, "OWN_HEADS": 1, "OWN_SPAN": ROWS,
+                "PASS_HEADS": self.pass_heads, "TILE": 1, "GRAIN": PASS_ROWS // self.pass_heads}
 
     @property
     def by_key(self) -> KeyPlan:

@@ -36,8 +36,8 @@ def sum_products(out_ptr, grad_ptr, lse_ptr, lse_grad_ptr, delta_ptr, o_stride_b
 
 @triton.jit
 def sum_parts(part_ptr, out_ptr, stride_b, stride_h, stride_l, heads, rows, first_row, length,
-              splits, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """out = sum of the parts of cut items, in order, for BLOCK rows of one head.
+              splits, scale, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """out = scale * sum of the parts of cut items, in order, for BLOCK rows of one head.
 
     parts are float32 [splits, B, H, rows, DIM]; row 0 of the parts is row first_row of the output
     """
@@ -53,4 +53,4 @@ def sum_parts(part_ptr, out_ptr, stride_b, stride_h, stride_l, heads, rows, firs
                        mask=inside, other=0.0)
     base = out_ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     tl.store(base + (first_row + row).to(tl.int64)[:, None] * stride_l + column[None, :],
-             acc.to(out_ptr.dtype.element_ty), mask=inside)
+             (acc * scale).to(out_ptr.dtype.element_ty), mask=inside)

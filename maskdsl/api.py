@@ -10,7 +10,7 @@ import torch
 
 from maskdsl import ops
 from maskdsl.atoms import Causal
-from maskdsl.backends import check_autotune, pick_backend
+from maskdsl.backends import check_autotune, check_backward, pick_backend
 from maskdsl.binding import CallSize, check_names, check_slots, describe, wrap
 from maskdsl.dynamic import SlotMask
 from maskdsl.errors import BackendError, GradientError, MaskTypeError
@@ -50,7 +50,7 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
             layout: str = "bhld", scale: float | None = None,
             tile: tuple[int, int] | None = None,
             scores: ScoreMod | Iterable[ScoreMod] | None = None,
-            autotune: bool = False, backward: bool = False) -> Attention:
+            autotune: bool = False, backward: bool | str = False) -> Attention:
     """A callable that computes attention under `mask`, specialised for it.
 
     mask     the allowed (query, key) pairs
@@ -75,7 +75,9 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
              modifiers. Tested in Triton's interpreter and compiled ahead of time, not yet run on a
              GPU, which is why it must be asked for. With backend="hopper" by name the Hopper
              backward computes what it takes (`.gradient_refusal(q, k, v)` says what it does not and
-             why), the portable kernels the rest. The torch backend is always differentiable.
+             why), the portable kernels the rest; "atomic" lets it sum dQ in any order, in a float32
+             buffer as large as twice dQ, with fewer products (head dimension 128). The torch
+             backend is always differentiable.
 
     Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError,
     GradientError.
@@ -87,6 +89,7 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     whole = simplify(written)
     slots = check_names(mask)
     mods = check_scores(scores, slots)
+    check_backward(backward, backend)
     chosen = pick_backend(backend, whole, tile, bool(mods))
     if autotune:
         check_autotune(chosen, tile, bool(mods))
@@ -105,7 +108,7 @@ class Attention:
     def __init__(self, mask: Mask, backend: str, layout: str, scale: float | None,
                  tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = (),
                  scores: tuple[ScoreMod, ...] = (), *, strict: bool = True,
-                 autotune: bool = False, backward: bool = False) -> None:
+                 autotune: bool = False, backward: bool | str = False) -> None:
         self.mask = mask
         self.backward = backward  # gradients by kernels were asked for
         self.slots = slots  # as the user wrote them: simplification may drop one
@@ -304,7 +307,8 @@ class Attention:
             from maskdsl.codegen.gradients import prepare_gradients
 
             forward: Any = self._forward
-            return prepare_gradients(forward, q, k, v, shape, number, self.layout, return_lse)
+            return prepare_gradients(forward, q, k, v, shape, number, self.layout, return_lse,
+                                     adds=self.backward == "atomic")
         if self._autotuned is not None:
             return self._autotuned.prepare(q, k, v, shape, number, self.layout, return_lse, data)
         return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)

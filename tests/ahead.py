@@ -169,14 +169,15 @@ def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int
                          constants_of(config, with_lse=True))
 
 
-def compile_hopper_backward(mask: Mask, dtype: torch.dtype, head_dim: int, share: int, by_key: bool,
-                            *, causal: bool = True) -> tuple[Compiled, list[list[str]]]:
+def compile_hopper_backward(mask: Mask, dtype: torch.dtype, head_dim: int, share: int,
+                            by_key: bool, *, adds: bool = False,
+                            causal: bool = True) -> tuple[Compiled, list[list[str]]]:
     """Compile one side of the Hopper backward for `share` query heads a key/value head."""
     from maskdsl.codegen.hopper_backward import blocks_of, constants_of, kernel_of
     from maskdsl.codegen.hopper_backward_cut import KeySide, QuerySide
 
     whole = simplify(Causal() & mask if causal else mask)
-    side = KeySide(whole, share) if by_key else QuerySide(whole, share)
+    side = KeySide(whole, share, adds) if by_key else QuerySide(whole, share)
     return compile_gluon(kernel_of(side), dtype, blocks_of(side, head_dim),
                          constants_of(side, head_dim))
 
