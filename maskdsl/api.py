@@ -10,7 +10,7 @@ import torch
 
 from maskdsl import ops
 from maskdsl.atoms import Causal
-from maskdsl.backends import check_autotune, pick_backend
+from maskdsl.backends import check_autotune, check_backward, pick_backend
 from maskdsl.binding import CallSize, check_names, check_slots, describe, wrap
 from maskdsl.dynamic import SlotMask
 from maskdsl.errors import BackendError, MaskTypeError
@@ -50,7 +50,7 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
             layout: str = "bhld", scale: float | None = None,
             tile: tuple[int, int] | None = None,
             scores: ScoreMod | Iterable[ScoreMod] | None = None,
-            autotune: bool = False, backward: bool = False) -> Attention:
+            autotune: bool = False, backward: bool | str = False) -> Attention:
     """A callable that computes attention under `mask`, specialised for it.
 
     mask     the allowed (query, key) pairs
@@ -72,9 +72,14 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     scores   score modifiers, applied in order: `Softcap`, `ALiBi`, `Bias`, `RelativePosition`,
              `SinkLogits`; the data of those that take some is given at the call, by name
     backward  True lets autograd through the Triton and Hopper backends, with kernels for the
+    backward  True lets autograd through the Triton and Hopper backends, with kernels for the
              gradients of q, k, v and the data of score modifiers; the same bits every time. Tested
              in Triton's interpreter and compiled ahead of time, not yet run on a GPU, which is why
-             it must be asked for. The torch backend is always differentiable, twice as well.
+             it must be asked for. With backend="hopper" by name the Hopper backward computes what
+             it takes (`.gradient_refusal(q, k, v)` says what it does not and why), the portable
+             kernels the rest; "atomic" lets it sum dQ in any order, in a float32 buffer as large
+             as twice dQ, with fewer products (head dimension 128). The torch backend is always
+             differentiable, twice as well.
 
     Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError.
     """
@@ -85,6 +90,7 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     whole = simplify(written)
     slots = check_names(mask)
     mods = check_scores(scores, slots)
+    check_backward(backward, backend)
     chosen = pick_backend(backend, whole, tile, bool(mods))
     if autotune:
         check_autotune(chosen, tile, bool(mods))
@@ -103,7 +109,7 @@ class Attention:
     def __init__(self, mask: Mask, backend: str, layout: str, scale: float | None,
                  tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = (),
                  scores: tuple[ScoreMod, ...] = (), *, strict: bool = True,
-                 autotune: bool = False, backward: bool = False) -> None:
+                 autotune: bool = False, backward: bool | str = False) -> None:
         self.mask = mask
         self.backward = backward  # gradients by kernels were asked for
         self.slots = slots  # as the user wrote them: simplification may drop one
@@ -158,6 +164,19 @@ class Attention:
         forward: Any = self._forward
         refused: str = forward.refuse_hopper(q, k, v)
         return refused
+
+    def gradient_refusal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+        """Why the Hopper backward does not compute the gradients of such a call, so that the
+        portable kernels do (the torch backend: PyTorch); "" where it does."""
+        check_ranks(q, k, v, self.layout)
+        if self.backend == "torch":
+            return "backend='torch'"
+        from maskdsl.codegen.hopper_backward import refuse_call
+
+        if self.layout == "blhd":
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        forward: Any = self._forward
+        return refuse_call(forward, q, k, v)
 
     def __repr__(self) -> str:
         return f"<maskdsl attention {self.mask!r}, backend={self.backend!r}>"
@@ -269,7 +288,8 @@ class Attention:
             from maskdsl.codegen.gradients import prepare_gradients
 
             forward: Any = self._forward
-            return prepare_gradients(forward, q, k, v, shape, number, self.layout, return_lse)
+            return prepare_gradients(forward, q, k, v, shape, number, self.layout, return_lse,
+                                     adds=self.backward == "atomic")
         if self._autotuned is not None:
             return self._autotuned.prepare(q, k, v, shape, number, self.layout, return_lse, data)
         return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)
@@ -307,7 +327,8 @@ class Attention:
         q, k, v = tensors[:3]
         views, shape, number, _ = self._check(q, k, v, *numbers, slots)
         forward: Any = self._forward
-        call = prepare_backward(forward, *views, shape, number, self.layout)
+        call = prepare_backward(forward, *views, shape, number, self.layout,
+                                adds=self.backward == "atomic")
         names = frozenset(wanted - set("qkv"))
         found = call.gradients(tensors, grad_out, grad_lse, ("q" in wanted, bool(wanted & {"k",
                                "v"})), self._data_of(slots), names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from maskdsl.errors import BackendError
+from maskdsl.errors import BackendError, GradientError
 from maskdsl.expr import Mask
 
 BACKENDS = ("hopper", "triton", "torch")
@@ -25,6 +25,16 @@ def pick_backend(backend: str | None, mask: Mask, tile: object = None,
         raise BackendError(f"backend={backend!r}", "unknown backend",
                            " or ".join(f"backend={name!r}" for name in BACKENDS))
     return backend
+
+
+def check_backward(backward: object, backend: str | None) -> None:
+    """A GradientError where no kernels compute gradients that way."""
+    if backward not in (True, False, "atomic"):
+        raise GradientError(f"backward={backward!r}", "no such backward pass",
+                            "backward=True, backward=False or backward='atomic'")
+    if backward == "atomic" and backend != "hopper":
+        raise GradientError("backward='atomic'", "only the Hopper backward adds up by atomics, and "
+                            "it must be asked for by name", "backend='hopper', or backward=True")
 
 
 def check_autotune(backend: str, tile: object, scores: bool) -> None:

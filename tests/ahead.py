@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -191,44 +192,68 @@ def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int
                    *, causal: bool = True) -> tuple[Compiled, list[list[str]]]:
     """Compile the Hopper kernel of a mask for `group` query heads a key/value head; also the
     machine instructions of its loops (`loops_of`)."""
-    from maskdsl.codegen.hopper import HopperForward, pick_hopper
+    from maskdsl.codegen.hopper import HopperForward, constants_of, pick_hopper
 
     whole = simplify(Causal() & mask if causal else mask)
     config = pick_hopper(whole, group, head_dim)
     _, forward = HopperForward(whole).kernel(config)
-    return compile_gluon(forward, config, dtype, head_dim, value_dim, set())
+    return compile_gluon(forward, dtype, forward_boxes(config, head_dim, value_dim),
+                         constants_of(config, with_lse=True))
 
 
 def compile_listed(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, packed: int,
                    *, causal: bool = True) -> tuple[Compiled, list[list[str]]]:
     """Compile the Hopper kernel of a mask with call-time data, `packed` query heads an item."""
     from maskdsl.codegen.emit_hopper_lists import kernel_parameters
-    from maskdsl.codegen.hopper import HopperForward
+    from maskdsl.codegen.hopper import HopperForward, constants_of
     from maskdsl.codegen.hopper_lists import pick_listed
 
     whole = simplify(Causal() & mask if causal else mask)
     config = pick_listed(whole, packed, packed, head_dim)
     plan, forward = HopperForward(whole).kernel(config)
     pointers = {p.name for p in kernel_parameters(plan) if p.is_pointer}
-    return compile_gluon(forward, config, dtype, head_dim, value_dim, pointers)
+    return compile_gluon(forward, dtype, forward_boxes(config, head_dim, value_dim),
+                         constants_of(config, with_lse=True), pointers)
 
 
-def compile_gluon(forward: Any, config: Any, dtype: torch.dtype, head_dim: int, value_dim: int,
-                  pointers: set[str]) -> tuple[Compiled, list[list[str]]]:
-    """Compile one Gluon kernel as the launcher would specialise it."""
+def forward_boxes(config: Any, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
+    """What each descriptor of a forward kernel copies at once."""
+    from maskdsl.codegen.hopper import blocks_of
+
+    q, k, v, k_grain, v_grain, out = blocks_of(config, head_dim, value_dim)
+    return {"q_desc": q, "k_desc": k, "v_desc": v, "k_grain_desc": k_grain,
+            "v_grain_desc": v_grain, "k_column_desc": k_grain, "v_column_desc": v_grain,
+            "out_desc": out}
+
+
+def compile_hopper_backward(mask: Mask, dtype: torch.dtype, head_dim: int, share: int,
+                            by_key: bool, *, adds: bool = False,
+                            causal: bool = True) -> tuple[Compiled, list[list[str]]]:
+    """Compile one side of the Hopper backward for `share` query heads a key/value head."""
+    from maskdsl.codegen.hopper_backward import blocks_of, constants_of, kernel_of
+    from maskdsl.codegen.hopper_backward_cut import KeySide, QuerySide
+
+    whole = simplify(Causal() & mask if causal else mask)
+    side = KeySide(whole, share, adds) if by_key else QuerySide(whole, share)
+    kernel = kernel_of(side)
+    names = [name for name in kernel.arg_names if name.endswith("desc")]
+    return compile_gluon(kernel, dtype, dict(zip(names, blocks_of(side, head_dim), strict=True)),
+                         constants_of(side, head_dim))
+
+
+def compile_gluon(kernel: Any, dtype: torch.dtype, blocks: dict[str, tuple[int, ...]],
+                  constants: dict[str, Any], pointers: Container[str] = ()) -> tuple[
+                      Compiled, list[list[str]]]:
+    """Compile a Gluon kernel for sm_90 as the launcher would specialise it.
+
+    blocks  the boxes of descriptors; pointers: the arguments that point to integers
+    """
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from maskdsl.codegen.hopper import blocks_of, constants_of
-
     element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    constants = constants_of(config, with_lse=True)
-    q, k, v, k_grain, v_grain, out = blocks_of(config, head_dim, value_dim)
-    blocks = {"q_desc": q, "k_desc": k, "v_desc": v, "k_grain_desc": k_grain,
-              "v_grain_desc": v_grain, "k_column_desc": k_grain, "v_column_desc": v_grain,
-              "out_desc": out}
     signature, places, attributes = {}, {}, {}
-    for i, arg in enumerate(forward.arg_names):
+    for i, arg in enumerate(kernel.arg_names):
         if arg in blocks:
             layout = gl.NVMMASharedLayout.get_default_for(list(blocks[arg]), element)
             signature[arg] = f"tensordesc<{NAMES[dtype]}{list(blocks[arg])},{layout!r}>"
@@ -238,13 +263,13 @@ def compile_gluon(forward: Any, config: Any, dtype: torch.dtype, head_dim: int, 
             signature[arg] = "*fp32" if arg.endswith("_ptr") else "*i32"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[arg] = "fp32" if arg == "scale" else "i32"
+            signature[arg] = "fp32" if arg.startswith("scale") else "i32"
     options = {name: constants[name] for name in ("num_warps", "maxnreg")}
-    kernel = triton.compile(GluonASTSource(forward, signature, places, attributes),
-                            target=TARGETS["sm_90"], options=options)
-    text = kernel.asm["ptx"]
-    return (Compiled(kernel.metadata.shared, count_spills("sm_90", text), text),
-            loops_of(kernel.asm["cubin"]))
+    made = triton.compile(GluonASTSource(kernel, signature, places, attributes),
+                          target=TARGETS["sm_90"], options=options)
+    text = made.asm["ptx"]
+    return (Compiled(made.metadata.shared, count_spills("sm_90", text), text),
+            loops_of(made.asm["cubin"]))
 
 
 def loops_of(cubin: bytes) -> list[list[str]]:

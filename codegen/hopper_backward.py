@@ -1,0 +1,188 @@
+"""Launching the Hopper backward: which tensors it takes, and one call of it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from maskdsl.codegen.build import load_module
+from maskdsl.codegen.hopper import describe, queue
+from maskdsl.codegen.hopper_backward_cut import (
+    PASS_ROWS,
+    KeySide,
+    QuerySide,
+    Side,
+    cut_call,
+    refuse_dims,
+    refuse_mask,
+    section_of,
+)
+from maskdsl.codegen.hopper_backward_kernels import sum_parts, sum_products
+from maskdsl.codegen.hopper_cut import GRAIN, ROWS, Schedule
+from maskdsl.codegen.kernel import LEAST_SCALE, LOG2_E, TritonForward, fits_tma, live_strides
+from maskdsl.expr import Mask
+from maskdsl.scores import ScoreMod
+from maskdsl.settings import debug
+
+if TYPE_CHECKING:
+    from maskdsl.codegen.gradients import Backward
+
+Tensor = torch.Tensor
+SLOTS = {(64, False): 4, (128, False): 3, (128, True): 2}  # passing tiles in flight, by head
+# dimension and whether dQ is added up beside dK and dV: what shared memory holds
+REGISTERS = {True: 232, False: 216}  # of a computing thread, by key and by query
+ADDS_DIM = 128  # the head dimension at which dQ can be added up beside dK and dV
+HALF = 64  # own rows of a computing warp group
+SUM_ROWS = 32  # rows a program of the small kernels
+
+
+def refuse_call(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Why the portable kernels compute the gradients of such a call, [B, H, L, D]; "" where the
+    Hopper backward does."""
+    if not forward.must:
+        return ("the Hopper backward has not yet run on a GPU, so it must be asked for with "
+                "backend='hopper'")
+    if forward.scores:
+        return "the Hopper backward takes no score modifiers"
+    return forward.refuse_hopper(q, k, v) or refuse_mask(forward.mask) or \
+        refuse_dims(q.shape[3], v.shape[3])
+
+
+class HopperBackward:
+    """The gradients' kernels of one static mask, for `share` query heads a key/value head; with
+    `adds` one kernel computes all, if all are wanted."""
+
+    scores: tuple[ScoreMod, ...] = ()
+
+    def __init__(self, mask: Mask, share: int, adds: bool = False) -> None:
+        self.by_query, self.by_key = QuerySide(mask, share), KeySide(mask, share)
+        self.all_by_key = KeySide(mask, share, True) if adds else None
+
+    def run(self, call: Backward, tensors: tuple[Tensor, ...], grad_out: Tensor,
+            grad_lse: Tensor | None, wanted: tuple[bool, bool], data: dict[str, Any],
+            names: frozenset[str]) -> tuple[Tensor | None, ...]:
+        """(dq, dk, dv) as [B, H, L, D]; None where not wanted. As `TritonBackward.run`."""
+        q, k, v, out, lse = tensors
+        if not q.numel() or not call.shape.kv_len:
+            return tuple(torch.zeros_like(t) for t in (q, k, v))
+        if not fits_tma(grad_out, live_strides(grad_out)):
+            grad_out = grad_out.contiguous()
+        delta = torch.empty_like(lse)
+        batch, heads, rows, dim = q.shape
+        sum_products[(-(-rows // SUM_ROWS), heads, batch)](
+            out, grad_out, lse, delta if grad_lse is None else grad_lse, delta, *out.stride()[:3],
+            *grad_out.stride()[:3], heads, rows, DIM=dim, BLOCK=SUM_ROWS,
+            WITH_LSE=grad_lse is not None)
+        dq = empty_rows(q) if wanted[0] else None
+        dk, dv = (empty_rows(k), empty_rows(v)) if wanted[1] else (None, None)
+        numbers = lse, delta
+        if dq is not None and dk is not None and dv is not None and self.all_by_key is not None \
+                and dim == ADDS_DIM:
+            sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+            launch(self.all_by_key, call, (k, v), (q, grad_out), (dk, dv), numbers, sums)
+            sum_parts[(-(-rows // SUM_ROWS), heads, batch)](
+                sums, dq, *dq.stride()[:3], heads, rows, 0, rows, 1, call.scale, DIM=dim,
+                BLOCK=SUM_ROWS)
+            return dq, dk, dv
+        if dq is not None:
+            launch(self.by_query, call, (q, grad_out), (k, v), (dq,), numbers)
+        if dk is not None and dv is not None:
+            launch(self.by_key, call, (k, v), (q, grad_out), (dk, dv), numbers)
+        return dq, dk, dv
+
+
+@lru_cache(maxsize=256)
+def hopper_backward_of(mask: Mask, share: int, adds: bool) -> HopperBackward:
+    """The Hopper gradients' kernels of a mask; calls of many shapes share them."""
+    return HopperBackward(mask, share, adds)
+
+
+@lru_cache(maxsize=256)
+def kernel_of(side: Side) -> Any:
+    """The JIT function of one side, written on first use."""
+    debug(1, f"Hopper backward of {side.mask!r}: {side.constants}")
+    return load_module(side.source).gradients
+
+
+def empty_rows(t: Tensor) -> Tensor:
+    """An empty tensor like `t` that TMA can write."""
+    made = torch.empty_like(t)
+    return made if fits_tma(made, live_strides(made)) and made.stride(3) == 1 else \
+        torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+
+def blocks_of(side: Side, dim: int) -> list[tuple[int, ...]]:
+    """The boxes that TMA copies of a, b, c, d, grains of c and d, and the two results."""
+    constants = side.constants
+    half = max(constants["OWN_HEADS"] // 2, 1)
+    heads = constants["PASS_HEADS"]
+    own = (1, half, HALF // half, dim)
+    passing = (1, heads, PASS_ROWS // heads, dim)
+    grain = (1, 1, GRAIN, 64)
+    return [own, own, passing, passing, grain, grain, own, own]
+
+
+def constants_of(side: Side, dim: int) -> dict[str, Any]:
+    """The constexpr arguments and options of a launch."""
+    constants = side.constants
+    return {**constants, "SLOTS": SLOTS[dim, constants["ADDS"]],
+            "REGISTERS": REGISTERS[constants["BY_KEY"]],
+            # sixteen warps, the last three of them idle, share 64 Ki registers before they trade
+            "num_warps": 4, "maxnreg": 128}
+
+
+def launch(side: Side, call: Backward, own: tuple[Tensor, Tensor], passing: tuple[Tensor, Tensor],
+           results: tuple[Tensor, ...], numbers: tuple[Tensor, Tensor],
+           sums: Tensor | None = None) -> None:
+    """Compute the gradients of one side.
+
+    own      k and v, or q and the output's gradient; passing: the other two
+    results  dk and dv, or dq
+    numbers  lse and delta, float32 [B, Hq, Lq]
+    sums     float32 [B, Hq, Lq, D], to which dQ / scale is added, where the side of keys adds
+    """
+    shape, device = call.shape, own[0].device
+    batch, owners, _, dim = own[0].shape
+    heads = numbers[0].shape[1]
+    groups = owners // int(side.constants["OWN_HEADS"])
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    cut = cut_call(side, shape, groups * batch, section_of(side, shape, dim, groups * batch),
+                   processors, 4 * dim * len(results) * int(side.constants["OWN_HEADS"]))
+    parts = [torch.empty(cut.splits * batch * owners * rows_of(side, cut) * dim or 1,
+                         dtype=torch.float32, device=device) for _ in results]
+    first, second = results[0], results[-1]
+    boxes = blocks_of(side, dim)
+    tensors = (*own, *passing, *passing, first, second)
+    described = [describe(t, box) for t, box in zip(tensors, boxes, strict=True)]
+    for descriptor, t in zip(described, tensors, strict=True):
+        descriptor.base = t
+    kernel_of(side)[(min(cut.items, processors),)](
+        *described, *numbers, parts[0], parts[-1],
+        numbers[0] if sums is None else sums, queue(device), cut.items, cut.q_tiles,
+        groups * batch, groups, cut.section, cut.split_first, cut.split_count, cut.splits,
+        side.share, side.members, heads, shape.q_len, shape.kv_len, shape.q_offset,
+        shape.total_len, max(call.scale, LEAST_SCALE) * LOG2_E, call.scale,
+        **constants_of(side, dim))
+    if cut.split_count:
+        for part, result in zip(parts, results, strict=True):
+            join(part, result, side, cut)
+
+
+def rows_of(side: Side, cut: Schedule) -> int:
+    """Own rows whose items are cut, not clipped to the call."""
+    return cut.split_count * int(side.constants["OWN_SPAN"])
+
+
+def join(part: Tensor, result: Tensor, side: Side, cut: Schedule) -> None:
+    """Add up the parts of cut items."""
+    batch, heads, length, dim = result.shape
+    rows = rows_of(side, cut)
+    sum_parts[(-(-rows // SUM_ROWS), heads, batch)](
+        part, result, *result.stride()[:3], heads, rows,
+        cut.split_first * int(side.constants["OWN_SPAN"]), length, cut.splits, 1.0, DIM=dim,
+        BLOCK=SUM_ROWS)
+
+
+assert ROWS == 2 * HALF
