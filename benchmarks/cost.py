@@ -40,7 +40,7 @@ from maskdsl import (
 from maskdsl.codegen.cost import padded, predict
 from maskdsl.codegen.forecast import HOPPER, refuse_call_of, tile_on, total_visited
 from maskdsl.codegen.hopper import is_hopper
-from maskdsl.codegen.hopper_work import ITEM, count_hopper
+from maskdsl.codegen.hopper_work import count_hopper, item_of
 from maskdsl.codegen.kernel import arch_of
 from maskdsl.codegen.lists import sort_atoms
 from maskdsl.codegen.rates import H100, RATES
@@ -136,7 +136,7 @@ def count(case: Case, backend: str, arch: str, processors: int) -> tuple[tuple[i
     mask, shape = simplify(Causal() & case.mask), Shape(case.length, case.length)
     call = CallHeads(1, case.heads, case.kv_heads, case.dim, case.dim)
     if backend == HOPPER:
-        return ITEM, count_hopper(mask, shape, call, processors, with_pairs=False)[0].visited
+        return item_of(call), count_hopper(mask, shape, call, processors, with_pairs=False)[0].visited
     tile = tile_on(mask, arch, call)
     return tile, total_visited(count_work(mask, tile, shape, call, case.slots, with_pairs=False))
 

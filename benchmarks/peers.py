@@ -158,13 +158,13 @@ def visited_pairs(attn: maskdsl.Attention, backend: str, case: Case) -> int | No
             return None
         told = attn.explain(case.length)
         return case.heads * told.visited_tiles * told.tile[0] * told.tile[1]
-    from maskdsl.codegen.hopper import BLOCK_N, GRAIN, count_steps, pick_hopper
+    from maskdsl.codegen.hopper_cut import GRAIN, count_steps, pick_hopper
     from maskdsl.codegen.planner import make_plan
 
     mask = simplify(Causal() & case.pattern.mask)
-    config = pick_hopper(mask, case.heads // case.kv_heads, case.dim)
-    plan = make_plan(mask, config.span, GRAIN, BLOCK_N // GRAIN)
-    keys = config.narrow + BLOCK_N * np.asarray(count_steps(plan, config, shape))
+    config = pick_hopper(mask, case.heads // case.kv_heads, case.dim, by_name=attn.strict)
+    plan = make_plan(mask, config.span, GRAIN, config.tile)
+    keys = config.narrow + config.block_n * np.asarray(count_steps(plan, config, shape))
     return int(case.heads * config.span * keys.sum())
 
 

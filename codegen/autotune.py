@@ -61,14 +61,15 @@ def portable_candidates(arch: str, head_dim: int, value_dim: int, item_size: int
     return tuple(c for c in found if fits_chip(c, arch, head_dim, value_dim, item_size))
 
 
-def hopper_candidates(mask: Mask, group: int, head_dim: int) -> tuple[HopperConfig, ...]:
+def hopper_candidates(mask: Mask, group: int, head_dim: int, value_dim: int = 0,
+                      by_name: bool = False) -> tuple[HopperConfig, ...]:
     """Configs of the Hopper kernel, the default first: heads that share their key tiles, and the
     width of the first tile."""
-    default = pick_hopper(mask, group, head_dim)
+    default = pick_hopper(mask, group, head_dim, value_dim, by_name)
     alone = make_plan(mask, ROWS, 32).needs_head
     packed = [n for n in (4, 2, 1) if n == 1 or (group % n == 0 and not alone)]
     made = (replace(default, heads_packed=n, narrow=narrow) for n in packed
-            for narrow in (32, 64, 128))
+            for narrow in (32, 64, 128) if narrow <= default.block_n)
     return tuple(dict.fromkeys((default, *made)))
 
 
@@ -112,7 +113,8 @@ class Autotuned:
         """What is tried for a kind of call, the default first."""
         found: tuple[Setting, ...] = ()
         if kind.kernels != "portable":
-            found = hopper_candidates(self.forward.mask, kind.group, kind.head_dim)
+            found = hopper_candidates(self.forward.mask, kind.group, kind.head_dim,
+                                      kind.value_dim, self.forward.must)
         if kind.kernels != "hopper":
             sizes = kind.head_dim, kind.value_dim, item_size
             found += portable_candidates(arch, *sizes, self.forward.config(arch, *sizes))

@@ -15,7 +15,8 @@ from maskdsl.codegen.listing import Segment
 from maskdsl.codegen.plan import Plan
 
 # compile-time constants that all functions of the file share
-CONSTANTS = ("HEADS_PACKED", "SPAN", "NARROW", "BLOCK_N", "GRAIN", "K_SLOTS", "V_SLOTS", "WITH_LSE")
+CONSTANTS = ("HEADS_PACKED", "SPAN", "NARROW", "BLOCK_N", "GRAIN", "K_SLOTS", "V_SLOTS", "K_PARTS",
+             "V_PARTS", "Q_LETTERS", "WITH_LSE")
 
 # what a letter holds of every item; the mask's own numbers follow
 LETTER = ("item", "batch", "head", "q_tile", "part", "narrow", "rest", "loose", "masked_steps",

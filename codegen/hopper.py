@@ -10,20 +10,20 @@ import torch
 from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit_hopper import emit_hopper
 from maskdsl.codegen.hopper_cut import (
-    BLOCK_N,
     GRAIN,
-    TILE,
     HopperConfig,
     Schedule,
+    parts_of,
     pick_hopper,
     pick_section,
     refuse_dims,
     schedule,
-    width_of,
+    value_parts,
 )
 from maskdsl.codegen.hopper_kernels import combine
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan
+from maskdsl.codegen.tune import power_of_two
 from maskdsl.expr import Mask
 from maskdsl.shape import Shape
 
@@ -37,11 +37,11 @@ def is_hopper() -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
 
 
-def refuse_call(q: torch.Tensor, v: torch.Tensor, fits: bool) -> str:
+def refuse_call(q: torch.Tensor, v: torch.Tensor, fits: bool, by_name: bool = False) -> str:
     """Why the Hopper kernel does not take tensors like these; "" where it does."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"{q.dtype} has no Hopper kernel"
-    refused = refuse_dims(q.shape[3], v.shape[3])
+    refused = refuse_dims(q.shape[3], v.shape[3], by_name)
     if not refused and not fits:
         return "bases or strides are no multiples of 16 bytes, or a stride is 0"
     return refused
@@ -58,8 +58,9 @@ def magic(divisor: int) -> tuple[int, int]:
 class HopperForward:
     """The Hopper kernels of one mask."""
 
-    def __init__(self, mask: Mask) -> None:
-        self.mask = mask
+    def __init__(self, mask: Mask, by_name: bool = False) -> None:
+        """by_name: asked for by name, so that it also takes what was not measured yet."""
+        self.mask, self.by_name = mask, by_name
         self.modules: dict[HopperConfig, tuple[Plan, Any]] = {}
 
     def default_plan(self, head_dim: int) -> Plan:
@@ -69,7 +70,7 @@ class HopperForward:
     def kernel(self, config: HopperConfig) -> tuple[Plan, Any]:
         """Plan and JIT function for one config."""
         if config not in self.modules:
-            plan = make_plan(self.mask, config.span, GRAIN, TILE)
+            plan = make_plan(self.mask, config.span, GRAIN, config.tile)
             self.modules[config] = plan, load_module(emit_hopper(plan)).forward
         return self.modules[config]
 
@@ -81,7 +82,7 @@ class HopperForward:
 
         batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
         group, device = heads // kv_heads, q.device
-        config = config or pick_hopper(self.mask, group, q.shape[3])
+        config = config or pick_hopper(self.mask, group, q.shape[3], v.shape[3], self.by_name)
         plan, forward = self.kernel(config)
         groups = heads // config.heads_packed
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -96,9 +97,10 @@ class HopperForward:
                    *magic((cut.q_tiles - cut.split_count) * cut.section), *magic(cut.section),
                    *magic(groups), shape.q_len, shape.kv_len, shape.q_offset,
                    shape.total_len)
-        constants = constants_of(config, with_lse)
+        constants = constants_of(config, q.shape[3], v.shape[3], with_lse)
         rows = cut.split_count * config.span
-        sizes = (cut.splits * batch * heads * rows, v.shape[3])
+        width = constants["V_PARTS"] * made[5].block_shape[3]  # of a row of a part
+        sizes = (cut.splits * batch * heads * rows, width)
 
         nothing = torch.empty(1, dtype=torch.float32, device=device)  # of the type of real parts
 
@@ -106,7 +108,7 @@ class HopperForward:
             result, out, lse = make_out(q)
             parts = part_lse = nothing
             if cut.split_count:
-                parts = torch.empty(sizes[0] * width_of(sizes[1]), dtype=torch.float32,
+                parts = torch.empty(sizes, dtype=torch.float32,
                                     device=device)
                 part_lse = torch.empty(sizes[0], dtype=torch.float32, device=device)
             tensors = (q, k, v, k, v, out)
@@ -130,19 +132,23 @@ def combine_parts(out: torch.Tensor, lse: torch.Tensor | None, parts: torch.Tens
                   part_lse: torch.Tensor, cut: Schedule, span: int, q_len: int) -> None:
     """Join the results of the key ranges of cut items."""
     batch, heads, _, dim = out.shape
+    width = parts.shape[1]
     rows, first = cut.split_count * span, cut.split_first * span
     block = 16
     combine[(-(-rows // block), heads, batch)](
         parts, part_lse, out, out if lse is None else lse, out.stride(0), out.stride(1),
-        out.stride(2), heads, rows, first, q_len, cut.splits, DIM=dim, WIDTH=width_of(dim),
-        BLOCK=block, WITH_LSE=lse is not None)
+        out.stride(2), heads, rows, first, q_len, cut.splits, DIM=dim, STRIDE=width,
+        WIDTH=power_of_two(width), BLOCK=block, WITH_LSE=lse is not None)
 
 
-def constants_of(config: HopperConfig, with_lse: bool) -> dict[str, Any]:
+def constants_of(config: HopperConfig, head_dim: int, value_dim: int,
+                 with_lse: bool) -> dict[str, Any]:
     """The constexpr arguments and options of a launch."""
     return {"HEADS_PACKED": config.heads_packed, "SPAN": config.span, "NARROW": config.narrow,
-            "BLOCK_N": BLOCK_N, "GRAIN": GRAIN, "K_SLOTS": config.k_slots,
-            "V_SLOTS": config.v_slots, "WITH_LSE": with_lse, "REGISTERS": config.registers,
+            "BLOCK_N": config.block_n, "GRAIN": GRAIN, "K_SLOTS": config.k_slots,
+            "V_SLOTS": config.v_slots, "K_PARTS": parts_of(head_dim, config.padded)[0],
+            "V_PARTS": value_parts(head_dim, value_dim, config.padded)[0],
+            "Q_LETTERS": config.letters, "WITH_LSE": with_lse, "REGISTERS": config.registers,
             # sixteen warps, the last three of them idle, share 64 Ki registers before they trade
             "num_warps": 4, "maxnreg": 128}
 
@@ -150,9 +156,11 @@ def constants_of(config: HopperConfig, with_lse: bool) -> dict[str, Any]:
 def blocks_of(config: HopperConfig, head_dim: int, value_dim: int) -> list[tuple[int, ...]]:
     """The boxes that TMA copies of q, k, v, grains of k and v, and the output."""
     half = max(config.heads_packed // 2, 1)
-    item, tile, grain = (1, half, 64 // half), (1, 1, BLOCK_N), (1, 1, GRAIN)
-    d, dv = width_of(head_dim), width_of(value_dim)
-    return [(*item, d), (*tile, d), (*tile, dv), (*grain, 64), (*grain, 64), (*item, dv)]
+    item, tile, grain = (1, half, 64 // half), (1, 1, config.block_n), (1, 1, GRAIN)
+    d = parts_of(head_dim, config.padded)[1]
+    dv = value_parts(head_dim, value_dim, config.padded)[1]
+    return [(*item, d), (*tile, d), (*tile, dv), (*grain, min(d, 64)), (*grain, min(dv, 64)),
+            (*item, dv)]
 
 
 def describe_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,

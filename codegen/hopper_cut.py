@@ -18,8 +18,16 @@ from maskdsl.heads import count_heads
 from maskdsl.shape import Shape
 
 ROWS = 128  # of an item: two warp groups of 64
-GRAIN, BLOCK_N = 32, 128  # keys of a grain (the bits of a word) and of a tile
+GRAIN, BLOCK_N = 32, 128  # keys of a grain (the bits of a word) and of a tile where it fits
 TILE = BLOCK_N // GRAIN
+MEASURED_DIM = 128  # larger head dimensions have not run on a GPU: they must be asked for by name
+LARGEST_DIM = 256
+# bytes of shared memory for queries, keys, values and output; barriers and letters take the rest
+RING_BYTES = 229376
+# (places for the queries of an item, keys of a tile, slots of keys and of values), best first
+ROOMS = ((2, 128, 3, 3), (2, 128, 3, 2), (2, 128, 2, 2), (1, 128, 2, 2), (1, 64, 3, 3),
+         (1, 64, 3, 2), (1, 64, 2, 2))
+ELEMENT = 2  # bytes: the kernel takes 16-bit inputs
 L2_BYTES = 32 << 20  # keys and values of the heads that run side by side should fit the L2 cache
 SHARE = 0.5  # an item longer than this part of one multiprocessor's work is cut along its keys
 LEAST_SHARE = 16.0  # steps; joining the parts costs a launch
@@ -31,8 +39,12 @@ class HopperConfig:
     """How the kernel is cut.
 
     heads_packed  query heads of an item; they share a key/value head and so its key tiles
-    narrow        keys of an item's first tile; every other has BLOCK_N
+    narrow        keys of an item's first tile; every other has block_n
     k_slots       tiles of keys in flight; v_slots: of values
+    block_n       keys of a tile
+    letters       items whose queries are in shared memory: 2, or 1 where they are large; then the
+                  next item's queries replace them as soon as the last scores are there
+    padded        rows of 65 to 96 elements are padded to 128; else they are kept as three times 32
     """
 
     heads_packed: int
@@ -40,6 +52,14 @@ class HopperConfig:
     k_slots: int
     v_slots: int
     registers: int = 232
+    block_n: int = BLOCK_N
+    letters: int = 2
+    padded: bool = True
+
+    @property
+    def tile(self) -> int:
+        """Grains of a tile."""
+        return self.block_n // GRAIN
 
     @property
     def span(self) -> int:
@@ -61,40 +81,86 @@ def refuse_mask(mask: Mask) -> str:
     return ""
 
 
-def refuse_dims(head_dim: int, value_dim: int) -> str:
-    """Why the Hopper kernel does not take head dimensions; "" where it does."""
-    if max(head_dim, value_dim) > 128:
-        return f"head dimension {max(head_dim, value_dim)} is beyond 128"
+def refuse_dims(head_dim: int, value_dim: int, by_name: bool = False) -> str:
+    """Why the Hopper kernel does not take head dimensions; "" where it does.
+
+    by_name  whether it was asked for by name: it then takes what was not measured yet, too
+    """
+    largest = max(head_dim, value_dim)
+    if largest > LARGEST_DIM:
+        return f"head dimension {largest} is beyond {LARGEST_DIM}"
+    if largest > MEASURED_DIM and not by_name:
+        return (f"head dimension {largest} is beyond {MEASURED_DIM}, which the Hopper kernel was "
+                "measured for; backend='hopper' takes it")
     if width_of(value_dim) > width_of(head_dim):
         return "values are wider than queries"
     return ""
 
 
-def width_of(dim: int) -> int:
-    """Elements of a row in shared memory: whole swizzle lines of 128 bytes."""
-    return 64 if dim <= 64 else 128
+def parts_of(dim: int, padded: bool = True) -> tuple[int, int]:
+    """(parts, elements of a part) of a row in shared memory: parts are tiles of their own that lie
+    side by side, since a tile must have a power of two of elements a row, in whole swizzle lines
+    of 128 or (three times 32) 64 bytes."""
+    if dim <= 64:
+        return 1, 64
+    if dim <= 96 and not padded:
+        return 3, 32
+    if dim <= 128:
+        return 1, 128
+    return (3, 64) if dim <= 192 else (2, 128)
+
+
+def value_parts(head_dim: int, value_dim: int, padded: bool = True) -> tuple[int, int]:
+    """(parts, elements of a part) of values and output. No part is wider than one of the queries,
+    whose place the output takes."""
+    parts, width = parts_of(value_dim, padded)
+    narrow = min(width, parts_of(head_dim, padded)[1])
+    return parts * width // narrow, narrow
+
+
+def width_of(dim: int, padded: bool = True) -> int:
+    """Elements of a row in shared memory."""
+    parts, width = parts_of(dim, padded)
+    return parts * width
 
 
 @lru_cache(maxsize=256)
-def pick_hopper(mask: Mask, group: int, head_dim: int) -> HopperConfig:
-    """The config for a mask, heads per key/value head and head dimension."""
+def pick_room(head_dim: int, value_dim: int, padded: bool = True) -> tuple[int, int, int, int]:
+    """(letters, keys of a tile, slots of keys, of values): the first of ROOMS that fits."""
+    d, (parts, width) = width_of(head_dim, padded), value_parts(head_dim, value_dim, padded)
+    for letters, keys, k_slots, v_slots in ROOMS:
+        output = 2 * 64 * width if letters == 1 else 0
+        elements = letters * ROWS * d + output + keys * (k_slots * d + v_slots * parts * width)
+        if ELEMENT * elements <= RING_BYTES:
+            return letters, keys, k_slots, v_slots
+    raise AssertionError((head_dim, value_dim))
+
+
+@lru_cache(maxsize=256)
+def pick_hopper(mask: Mask, group: int, head_dim: int, value_dim: int = 0,
+                by_name: bool = False) -> HopperConfig:
+    """The config for a mask, heads per key/value head and head dimensions (value_dim 0: the same).
+
+    by_name  whether the kernel was asked for by name: rows of 65 to 96 elements are not padded then
+    """
     packed = 1
     if not make_plan(mask, ROWS, GRAIN).needs_head:
         packed = next(n for n in (4, 2, 1) if group % n == 0)
-    slots = (3, 2) if width_of(head_dim) == 128 else (3, 3)
-    plan = make_plan(mask, ROWS // packed, GRAIN, TILE)
-    return HopperConfig(packed, pick_narrow(plan), *slots)
+    letters, keys, *slots = pick_room(head_dim, value_dim or head_dim, not by_name)
+    plan = make_plan(mask, ROWS // packed, GRAIN, keys // GRAIN)
+    return HopperConfig(packed, pick_narrow(plan, keys), *slots, block_n=keys, letters=letters,
+                        padded=not by_name)
 
 
-def pick_narrow(plan: Plan) -> int:
+def pick_narrow(plan: Plan, block_n: int = BLOCK_N) -> int:
     """The width of the first tile that leaves the fewest empty columns in a long call."""
     loose, _ = count_grains(plan, LONG)
 
     def columns(narrow: int) -> float:
         rest = np.maximum(loose - narrow // GRAIN, 0)
-        return float((narrow + BLOCK_N * -(-rest // TILE)).mean())
+        return float((narrow + block_n * -(-rest // (block_n // GRAIN))).mean())
 
-    return min((128, 64, 32), key=columns)
+    return min((n for n in (128, 64, 32) if n <= block_n), key=columns)
 
 
 def count_grains(plan: Plan, shape: Shape, batch: int = 0, head: int = 0) -> tuple[Any, Any]:
@@ -113,8 +179,8 @@ def count_tiles(plan: Plan, config: HopperConfig, shape: Shape, batch: int = 0,
     A query tile without either takes one masked tile, which then finds every pair dead.
     """
     loose, grains = count_grains(plan, shape, batch, head)
-    masked = -(-np.maximum(loose - config.narrow // GRAIN, 0) // TILE)
-    full = grains // TILE
+    masked = -(-np.maximum(loose - config.narrow // GRAIN, 0) // config.tile)
+    full = grains // config.tile
     return np.where(masked + full == 0, 1, masked), full
 
 

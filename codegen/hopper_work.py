@@ -12,14 +12,14 @@ import numpy as np
 
 from maskdsl.codegen.emit_hopper import INTERVAL
 from maskdsl.codegen.hopper_cut import (
-    BLOCK_N,
+    ELEMENT,
     GRAIN,
     ROWS,
-    TILE,
     HopperConfig,
     Schedule,
     count_tiles,
     pick_hopper,
+    pick_room,
     pick_section,
     schedule,
 )
@@ -32,8 +32,11 @@ from maskdsl.expr import Mask
 from maskdsl.shape import Shape
 from maskdsl.tiles import Ints
 
-ITEM = (ROWS, BLOCK_N)  # rows of an item, which are heads x positions, and keys of a tile
-ELEMENT = 2  # bytes: the kernel takes 16-bit inputs
+
+
+def item_of(call: CallHeads) -> tuple[int, int]:
+    """(rows of an item, which are heads x positions, keys of a tile)."""
+    return ROWS, pick_room(call.head_dim, call.value_dim)[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,8 @@ def count_hopper(mask: Mask, shape: Shape, call: CallHeads, processors: int,
     with_pairs  whether live pairs and classes of rows are wanted too
     """
     group = call.heads // call.kv_heads
-    config = pick_hopper(mask, group, call.head_dim)
-    plan = make_plan(mask, config.span, GRAIN, TILE)
+    config = pick_hopper(mask, group, call.head_dim, call.value_dim)
+    plan = make_plan(mask, config.span, GRAIN, config.tile)
     groups = call.batch * call.heads // config.heads_packed
     section = pick_section(mask, shape.kv_len, ELEMENT * (call.head_dim + call.value_dim), groups,
                            group // config.heads_packed)

@@ -157,7 +157,8 @@ def count_spills(chip: str, text: str, serial: bool = False) -> int:
 
 
 def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, group: int,
-                   *, causal: bool = True) -> tuple[Compiled, list[list[str]]]:
+                   *, causal: bool = True,
+                   by_name: bool = True) -> tuple[Compiled, list[list[str]]]:
     """Compile the Hopper kernel of a mask for `group` query heads a key/value head; also the
     machine instructions of its loops (`loops_of`)."""
     from triton.experimental.gluon import language as gl
@@ -166,10 +167,10 @@ def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int
     from maskdsl.codegen.hopper import HopperForward, blocks_of, constants_of, pick_hopper
 
     whole = simplify(Causal() & mask if causal else mask)
-    config = pick_hopper(whole, group, head_dim)
+    config = pick_hopper(whole, group, head_dim, value_dim, by_name)
     _, forward = HopperForward(whole).kernel(config)
     element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    constants = constants_of(config, with_lse=True)
+    constants = constants_of(config, head_dim, value_dim, with_lse=True)
     blocks = dict(zip((name for name in forward.arg_names if name.endswith("desc")),
                       blocks_of(config, head_dim, value_dim), strict=True))
     signature, places, attributes = {}, {}, {}

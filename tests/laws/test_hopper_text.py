@@ -21,14 +21,16 @@ from maskdsl import Causal, FirstQ, Full, LastQ, Mask, Shape, Sink, Where, Windo
 from maskdsl.codegen.emit_hopper import emit_hopper
 from maskdsl.codegen.hopper import magic
 from maskdsl.codegen.hopper_cut import (
-    BLOCK_N,
     GRAIN,
-    TILE,
     HopperConfig,
     Schedule,
+    parts_of,
     pick_hopper,
+    pick_room,
+    refuse_dims,
     refuse_mask,
     schedule,
+    value_parts,
 )
 from maskdsl.codegen.hopper_work import count_hopper
 from maskdsl.codegen.planner import make_plan
@@ -62,7 +64,7 @@ class Walk:
     def __init__(self, mask: Mask, shape: Shape, config: HopperConfig, cut: Schedule,
                  groups: int) -> None:
         self.shape, self.config, self.cut, self.groups = shape, config, cut, groups
-        self.plan = make_plan(mask, config.span, GRAIN, TILE)
+        self.plan = make_plan(mask, config.span, GRAIN, config.tile)
         source = emit_hopper(self.plan)
         self.words = "def live_words" in source
         self.names = run_text(source)
@@ -82,7 +84,7 @@ class Walk:
         return self.names["open_item"](  # type: ignore[no-any-return]
             item, cut.q_tiles, self.groups, self.groups, cut.section, cut.split_first,
             cut.split_count, cut.splits, light, 0, cut.section, 0, self.groups, 0, *self.lengths(),
-            c.heads_packed, c.span, c.narrow, BLOCK_N, GRAIN)
+            c.heads_packed, c.span, c.narrow, c.block_n, GRAIN)
 
     def count(self) -> npt.NDArray[np.int64]:
         """How often each (group, row, key) is kept."""
@@ -95,6 +97,7 @@ class Walk:
               narrow: Any, rest: Any, loose: Any, masked_steps: Any, first: Any, last: Any,
               state: Any) -> None:
         group, grain = int(head) // self.config.heads_packed, GRAIN
+        tile = self.config.tile
         assert batch == 0 and last > first and rest * grain <= self.config.narrow
         rows = np.arange(q_tile * self.config.span, (q_tile + 1) * self.config.span)
         rows = rows[rows < self.shape.q_len]
@@ -102,11 +105,11 @@ class Walk:
             self.keep(times, group, rows, int(head), j, narrow, state)
         for n in range(int(first), int(last)):
             if n < masked_steps:
-                for j in range(TILE):
-                    self.keep(times, group, rows, int(head), rest + n * TILE + j, loose, state)
+                for j in range(tile):
+                    self.keep(times, group, rows, int(head), rest + n * tile + j, loose, state)
             else:
-                at = self.names["full_at"]((n - masked_steps) * TILE, state) * grain
-                keys = np.arange(at, at + TILE * grain)
+                at = self.names["full_at"]((n - masked_steps) * tile, state) * grain
+                keys = np.arange(at, at + tile * grain)
                 assert keys[0] >= 0 and keys[-1] < self.shape.kv_len
                 times[group][np.ix_(rows, keys)] += 1
 
@@ -127,12 +130,13 @@ class Walk:
         times[group][np.ix_(rows, keys[there])] += live[:, there].astype(np.int64)
 
 
-def check(mask: Mask, shape: Shape, group: int = 4, groups: int = 2, processors: int = 2) -> None:
+def check(mask: Mask, shape: Shape, group: int = 4, groups: int = 2, processors: int = 2,
+          dim: int = 128) -> None:
     whole = simplify(mask)
     if refuse_mask(whole) or not shape.q_len or not shape.kv_len:
         return
-    config = pick_hopper(whole, group, 128)
-    plan = make_plan(whole, config.span, GRAIN, TILE)
+    config = pick_hopper(whole, group, dim, by_name=True)
+    plan = make_plan(whole, config.span, GRAIN, config.tile)
     cut = schedule(plan, config, shape, groups, groups, processors)
     times = Walk(whole, shape, config, cut, groups).count()
     for g in range(groups):
@@ -141,11 +145,11 @@ def check(mask: Mask, shape: Shape, group: int = 4, groups: int = 2, processors:
         assert np.array_equal(times[g], live.astype(np.int64)), (mask, shape, cut)
 
 
-@given(masks(), shapes(max_len=300), st.sampled_from([1, 2, 4, 6]))
-def test_every_live_pair_is_kept_once(mask: Mask, shape: Shape, group: int) -> None:
+@given(masks(), shapes(max_len=300), st.sampled_from([1, 2, 4, 6]), st.sampled_from([128, 256]))
+def test_every_live_pair_is_kept_once(mask: Mask, shape: Shape, group: int, dim: int) -> None:
     limit = min((x for m in mask.walk() if (x := m.limit()) is not None), default=1 << 60)
     if max(shape.q_offset + shape.q_len, shape.kv_len) <= limit:
-        check(mask, shape, group)
+        check(mask, shape, group, dim=dim)
 
 
 @pytest.mark.parametrize("mask", [
@@ -156,6 +160,7 @@ def test_every_live_pair_is_kept_once(mask: Mask, shape: Shape, group: int) -> N
                                      (700, 333)])
 def test_fixed_masks(mask: Mask, lengths: tuple[int, int]) -> None:
     check(mask, Shape(*lengths), 2)
+    check(mask, Shape(*lengths), 2, dim=256)
 
 
 @pytest.mark.parametrize("mask,first", [
@@ -164,11 +169,32 @@ def test_heavy_rows_are_cut(mask: Mask, first: bool) -> None:
     """At either end of the call."""
     whole, shape = simplify(mask), Shape(3000, 3000)
     config = pick_hopper(whole, 4, 128)
-    plan = make_plan(whole, config.span, GRAIN, TILE)
+    plan = make_plan(whole, config.span, GRAIN, config.tile)
     cut = schedule(plan, config, shape, 1, 1, 64)
     assert cut.splits > 1 and cut.split_count * config.span >= 40
     assert (cut.split_first == 0) == first
     check(mask, shape, 4, 1, 64)
+    check(mask, shape, 4, 1, 64, dim=256)
+
+
+def test_rings_fit_shared_memory() -> None:
+    """Every pair of head dimensions has a room; those measured on a GPU keep theirs."""
+    assert pick_room(128, 128) == (2, 128, 3, 2) and pick_room(64, 64) == (2, 128, 3, 3)
+    assert pick_room(256, 256) == (1, 64, 2, 2) and pick_room(192, 128) == (1, 128, 2, 2)
+    for dim in range(8, 257, 8):
+        for value_dim in range(8, dim + 1, 8):
+            for padded in (True, False):
+                if refuse_dims(dim, value_dim, by_name=True):
+                    continue
+                letters, keys, k_slots, v_slots = pick_room(dim, value_dim, padded)
+                (parts, wide), (many, narrow) = (parts_of(dim, padded),
+                                                 value_parts(dim, value_dim, padded))
+                assert many * narrow >= value_dim and parts * wide >= dim and wide % narrow == 0
+                # the output takes the place of the queries, or a place of its own
+                assert many * narrow <= parts * wide
+                output = 2 * 64 * narrow * (letters == 1)
+                assert 2 * (letters * 128 * parts * wide + output + keys * (
+                    k_slots * parts * wide + v_slots * many * narrow)) <= 229376
 
 
 def check_counts(mask: Mask, shape: Shape, heads: int, kv_heads: int, processors: int) -> None:
