@@ -136,7 +136,8 @@ def count(case: Case, backend: str, arch: str, processors: int) -> tuple[tuple[i
     mask, shape = simplify(Causal() & case.mask), Shape(case.length, case.length)
     call = CallHeads(1, case.heads, case.kv_heads, case.dim, case.dim)
     if backend == HOPPER:
-        return item_of(call), count_hopper(mask, shape, call, processors, with_pairs=False)[0].visited
+        works, _ = count_hopper(mask, shape, call, processors, with_pairs=False)
+        return item_of(call), total_visited(works)
     tile = tile_on(mask, arch, call)
     return tile, total_visited(count_work(mask, tile, shape, call, case.slots, with_pairs=False))
 

@@ -158,12 +158,11 @@ def visited_pairs(attn: maskdsl.Attention, backend: str, case: Case) -> int | No
             return None
         told = attn.explain(case.length)
         return case.heads * told.visited_tiles * told.tile[0] * told.tile[1]
-    from maskdsl.codegen.hopper_cut import GRAIN, count_steps, pick_hopper
-    from maskdsl.codegen.planner import make_plan
+    from maskdsl.codegen.hopper_cut import count_steps, make_plans, pick_hopper
 
     mask = simplify(Causal() & case.pattern.mask)
     config = pick_hopper(mask, case.heads // case.kv_heads, case.dim, by_name=attn.strict)
-    plan = make_plan(mask, config.span, GRAIN, config.tile)
+    (plan,) = make_plans(mask, config.span, config.tile)
     keys = config.narrow + config.block_n * np.asarray(count_steps(plan, config, shape))
     return int(case.heads * config.span * keys.sum())
 

@@ -13,7 +13,7 @@ import triton
 
 from maskdsl.codegen.choices import Kind, Run, Setting, Tuned, Tuner, code_digest, time_call
 from maskdsl.codegen.emit import emit_kernels
-from maskdsl.codegen.hopper_cut import ROWS, HopperConfig, pick_hopper
+from maskdsl.codegen.hopper_cut import HopperConfig, packs, pick_hopper
 from maskdsl.codegen.kernel import (
     Call,
     TritonForward,
@@ -66,8 +66,7 @@ def hopper_candidates(mask: Mask, group: int, head_dim: int, value_dim: int = 0,
     """Configs of the Hopper kernel, the default first: heads that share their key tiles, and the
     width of the first tile."""
     default = pick_hopper(mask, group, head_dim, value_dim, by_name)
-    alone = make_plan(mask, ROWS, 32).needs_head
-    packed = [n for n in (4, 2, 1) if n == 1 or (group % n == 0 and not alone)]
+    packed = [n for n in (4, 2, 1) if group % n == 0 and packs(mask, n)]
     made = (replace(default, heads_packed=n, narrow=narrow) for n in packed
             for narrow in (32, 64, 128) if narrow <= default.block_n)
     return tuple(dict.fromkeys((default, *made)))

@@ -24,23 +24,29 @@ LETTER = ("item", "batch", "head", "q_tile", "part", "narrow", "rest", "loose", 
 LETTER_SIZE = 32
 
 
-def emit_hopper(plan: Plan) -> str:
-    """The kernel file of a plan whose tiles are grains; equal plans give equal text."""
+def emit_hopper(*plans: Plan, groups: tuple[int, ...] = ()) -> str:
+    """The kernel file of a plan whose tiles are grains, or of one for each kind of head, costliest
+    first; equal plans give equal text.
+
+    groups  of several kinds: groups of packed heads of each, in one batch entry
+    """
+    from maskdsl.codegen import emit_hopper_kinds as kinds
+
+    plan, several = plans[0], len(plans) > 1
     loose, full = places_of(plan)
-    names = state_names(plan)
+    names = kinds.own_names(plans) if several else state_names(plan)
     letter = [*LETTER, *names]
-    counts = [f"{place.name}_count{len(place.lines)}" if place.lines else "gl.to_tensor(0)"
-              for place in (loose, full)]
-    bounds = (*plan.bounds, *loose.lines, *full.lines,
-              *(("nothing = gl.to_tensor(0)",) if names == ["nothing"] else ()),
-              f"return {', '.join(counts)}, ({', '.join(names)},)")
     order, which = ("light - 1 - place", "last") if plan.last_first else ("place", "first")
     pieces = {
-        "<HEADER>\n": header_text(plan),
-        "    # <BOUNDS>\n": indent(in_gluon(bounds)),
-        "    # <GRAIN_AT>\n": indent(in_gluon((f"return {loose.text}",))),
-        "    # <FULL_AT>\n": indent(in_gluon((f"return {full.text}",))),
-        "# <MASK_TILE>\n": mask_text(plan),
+        "<HEADER>\n": "".join(map(header_text, plans)),
+        "    # <BOUNDS>\n": indent(kinds.kind_bounds(plans) if several else
+                                  in_gluon(tile_bounds(plan))),
+        "    # <GRAIN_AT>\n": indent(kinds.kind_place(plans, 0) if several else
+                                    in_gluon((f"return {loose.text}",))),
+        "    # <FULL_AT>\n": indent(kinds.kind_place(plans, 1) if several else
+                                   in_gluon((f"return {full.text}",))),
+        "# <MASK_TILE>\n": kinds.kind_functions(plans) if several else mask_text(plan),
+        "    # <KINDS>\n": indent(kinds.kind_order(plans, groups)) if several else "",
         "    # <TILE_ORDER>\n": indent((
             f"# the {which} query tiles see most keys: they start first", f"q_tile = {order}")),
         "    # <WRITE>\n": indent(tuple(f"text = gl.where(place == {i}, {name}, text)"
@@ -57,6 +63,20 @@ def emit_hopper(plan: Plan) -> str:
     return template
 
 
+def tile_bounds(plan: Plan, flat: bool = False) -> tuple[str, ...]:
+    """The body of `find_tiles`; flat: the mask's own numbers are no tuple of their own, and all are
+    tensors, as branches that join must agree in type."""
+    loose, full = places_of(plan)
+    names = state_names(plan)
+    counts = [f"{place.name}_count{len(place.lines)}" if place.lines else "gl.to_tensor(0)"
+              for place in (loose, full)]
+    none = ("nothing = gl.to_tensor(0)",) if names == ["nothing"] else ()
+    result = f"{', '.join(counts)}, ({', '.join(names)},)"
+    if flat:
+        result = ", ".join(f"gl.to_tensor({name})" for name in (*counts, *names))
+    return (*plan.bounds, *loose.lines, *full.lines, *none, f"return {result}")
+
+
 def words(first: int, last: int) -> str:
     """The numbers first, first + 1, ... of a letter."""
     return wrap([f"word_of(letter, {i})" for i in range(first, last)], 4, 12)
@@ -69,8 +89,8 @@ def wrap(parts: list[str], a_line: int, depth: int) -> str:
 
 
 def fits_letter(plan: Plan) -> bool:
-    """Whether what an item must know of the mask fits a letter."""
-    return len(LETTER) + len(state_names(plan)) <= LETTER_SIZE
+    """Whether what an item must know of the mask, and its kind, fits a letter."""
+    return len(LETTER) + 1 + len(state_names(plan)) <= LETTER_SIZE
 
 
 def places_of(plan: Plan) -> tuple[Place, Place]:
@@ -143,14 +163,21 @@ INTERVAL = re.compile(r"\((?:\(k >= (\w+)\) & )?\(?k < (\w+)\)?\)")
 def mask_text(plan: Plan) -> str:
     """The functions that mask a tile: by words of bits where the mask of a row is a union of
     intervals, else pair by pair."""
+    lines = interval_words(plan)
+    if lines is None:
+        return read_template("hopper_mask").replace(
+            "    # <LIVE>\n", indent(in_gluon((*plan.rows, f"return {plan.live}"))))
+    return read_template("hopper_words").replace("    # <WORDS>\n", indent(lines))
+
+
+def interval_words(plan: Plan) -> tuple[str, ...] | None:
+    """The body of `live_words`; None where the mask of a row is no union of intervals."""
     words = []
     for test in plan.tests:
         found = INTERVAL.fullmatch(test)
         if found is None:
-            return read_template("hopper_mask").replace(
-                "    # <LIVE>\n", indent(in_gluon((*plan.rows, f"return {plan.live}"))))
+            return None
         low, high = found.groups()
         word = f"below({high} - start)"
         words.append(f"({word} & ~below({low} - start))" if low else word)
-    lines = (*in_gluon(plan.rows), "start = start + p * 0", f"return {' | '.join(words)}")
-    return read_template("hopper_words").replace("    # <WORDS>\n", indent(lines))
+    return (*in_gluon(plan.rows), "start = start + p * 0", f"return {' | '.join(words) or 'start * 0'}")

@@ -72,11 +72,12 @@ def forecast(mask: Mask, rates: Rates, shape: Shape, call: CallHeads,
     """The prediction for a simplified, traceable mask; without data its lists count as empty. Of
     the Hopper kernel only for a call it takes (`refuse_call_of`)."""
     if rates.target == HOPPER:
-        work, cut = count_hopper(mask, shape, call, rates.processors, with_pairs=False)
-        found = predict(rates, item_of(call), shape, call, work.visited, estimator=estimator)
-        if work.visited.masked and not is_intervals(work.plan):
+        works, cut = count_hopper(mask, shape, call, rates.processors, with_pairs=False)
+        visited = total_visited(works)
+        found = predict(rates, item_of(call), shape, call, visited, estimator=estimator)
+        if visited.masked and not all(is_intervals(work.plan) for work in works):
             found = replace(found, notes=(*found.notes, PAIR_BY_PAIR))
-        return Forecast(found, (work,), cut)
+        return Forecast(found, works, cut)
     tile = tile_on(mask, rates.arch, call, chosen)
     works = count_work(mask, tile, shape, call, data, with_pairs=False)
     lists = data is not None and sort_atoms(mask).listed
@@ -91,7 +92,7 @@ def refuse_call_of(mask: Mask, call: CallHeads, by_name: bool = False) -> str:
     """
     if not is_traceable(mask):
         return "the mask holds a function that cannot be compiled into the kernel"
-    return refuse_mask(mask) or refuse_dims(call.head_dim, call.value_dim, by_name)
+    return refuse_mask(mask, by_name) or refuse_dims(call.head_dim, call.value_dim, by_name)
 
 
 def forecast_dense(rates: Rates, shape: Shape, call: CallHeads) -> Prediction:

@@ -13,6 +13,9 @@ from maskdsl.codegen.hopper_cut import (
     GRAIN,
     HopperConfig,
     Schedule,
+    head_groups,
+    kinds_of,
+    make_plans,
     parts_of,
     pick_hopper,
     pick_section,
@@ -22,7 +25,7 @@ from maskdsl.codegen.hopper_cut import (
 )
 from maskdsl.codegen.hopper_kernels import combine
 from maskdsl.codegen.plan import Plan
-from maskdsl.codegen.planner import make_plan
+from maskdsl.codegen.tables import head_table
 from maskdsl.codegen.tune import power_of_two
 from maskdsl.expr import Mask
 from maskdsl.shape import Shape
@@ -61,17 +64,28 @@ class HopperForward:
     def __init__(self, mask: Mask, by_name: bool = False) -> None:
         """by_name: asked for by name, so that it also takes what was not measured yet."""
         self.mask, self.by_name = mask, by_name
-        self.modules: dict[HopperConfig, tuple[Plan, Any]] = {}
+        self.kinds = [one for _, one in kinds_of(mask)]
+        self.modules: dict[HopperConfig, tuple[tuple[Plan, ...], Any]] = {}
 
     def default_plan(self, head_dim: int) -> Plan:
-        """The plan for four query heads a key/value head."""
-        return self.kernel(pick_hopper(self.mask, 4, head_dim))[0]
+        """The plan for four query heads a key/value head, of the costliest kind of head."""
+        config = pick_hopper(self.mask, 4, head_dim)
+        return make_plans(self.mask, config.span, config.tile)[0]
 
-    def kernel(self, config: HopperConfig) -> tuple[Plan, Any]:
-        """Plan and JIT function for one config."""
+    def source(self, config: HopperConfig) -> str:
+        """The kernel file for one config."""
+        groups = map(len, head_groups(self.mask, config.heads_packed))
+        return emit_hopper(*make_plans(self.mask, config.span, config.tile), groups=tuple(groups))
+
+    def default_source(self, head_dim: int) -> str:
+        """The kernel file for four query heads a key/value head."""
+        return self.source(pick_hopper(self.mask, 4, head_dim))
+
+    def kernel(self, config: HopperConfig) -> tuple[tuple[Plan, ...], Any]:
+        """Plans (costliest kind of head first) and JIT function for one config."""
         if config not in self.modules:
-            plan = make_plan(self.mask, config.span, GRAIN, config.tile)
-            self.modules[config] = plan, load_module(emit_hopper(plan)).forward
+            plans = make_plans(self.mask, config.span, config.tile)
+            self.modules[config] = plans, load_module(self.source(config)).forward
         return self.modules[config]
 
     def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
@@ -83,13 +97,13 @@ class HopperForward:
         batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
         group, device = heads // kv_heads, q.device
         config = config or pick_hopper(self.mask, group, q.shape[3], v.shape[3], self.by_name)
-        plan, forward = self.kernel(config)
+        plans, forward = self.kernel(config)
         groups = heads // config.heads_packed
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        section = pick_section(self.mask, shape.kv_len,
+        section = pick_section(self.kinds[0], shape.kv_len,
                                k.element_size() * (k.shape[3] + v.shape[3]), groups * batch,
                                group // config.heads_packed)
-        cut = schedule(plan, config, shape, groups * batch, section, processors)
+        cut = schedule(plans[0], config, shape, groups * batch, section, processors, len(plans))
         made = describe_all(q, k, v, make_out(q)[1], config)
         grid = min(cut.items, processors)
         numbers = (cut.items, cut.q_tiles, groups * batch, groups, cut.section, cut.split_first,
@@ -102,6 +116,8 @@ class HopperForward:
         width = constants["V_PARTS"] * made[5].block_shape[3]  # of a row of a part
         sizes = (cut.splits * batch * heads * rows, width)
 
+        order = sum(head_groups(self.mask, config.heads_packed), ())
+        head_order = head_table(order or (0,), device)
         nothing = torch.empty(1, dtype=torch.float32, device=device)  # of the type of real parts
 
         def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
@@ -114,7 +130,7 @@ class HopperForward:
             tensors = (q, k, v, k, v, out)
             forward[(grid,)](*(rebase(d, t) for d, t in zip(made, tensors, strict=True)),
                              q if lse is None else lse, parts, part_lse, queue(device),
-                             *numbers, scale, **constants)
+                             head_order, *numbers, scale, **constants)
             if cut.split_count:
                 combine_parts(out, lse, parts, part_lse, cut, config.span, shape.q_len)
             return result

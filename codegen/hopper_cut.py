@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from maskdsl.codegen.emit_hopper import fits_letter
+from maskdsl.codegen.lists import group_heads
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import LONG, make_plan, mean_row_width
 from maskdsl.codegen.tune import DENSE_WIDTH
@@ -68,17 +69,47 @@ class HopperConfig:
 
 
 @lru_cache(maxsize=256)
-def refuse_mask(mask: Mask) -> str:
-    """Why the Hopper kernel does not take a mask; "" where it does."""
-    if count_heads(mask):
-        return "the mask differs by kind of head"
+def refuse_mask(mask: Mask, by_name: bool = False) -> str:
+    """Why the Hopper kernel does not take a mask; "" where it does.
+
+    by_name  whether it was asked for by name: it then takes what was not measured yet, too
+    """
+    if count_heads(mask) and not by_name:
+        return ("the mask differs by kind of head, which the Hopper kernel was not measured for; "
+                "backend='hopper' takes it")
     if slots_of(mask):
         return "the mask reads data that comes with the call"
-    if make_plan(mask, 64, 64).sieve is not None:
+    kinds = [one for _, one in kinds_of(mask)]
+    if any(make_plan(one, 64, 64).sieve is not None for one in kinds):
         return "the mask has dead tiles inside its intervals, which only the portable kernel skips"
-    if not fits_letter(make_plan(mask, ROWS // 4, GRAIN, TILE)):
+    if not all(fits_letter(make_plan(one, ROWS // 4, GRAIN, TILE)) for one in kinds):
         return "the mask has too many separate intervals"
     return ""
+
+
+@lru_cache(maxsize=256)
+def kinds_of(mask: Mask) -> tuple[tuple[tuple[int, ...], Mask], ...]:
+    """(query heads, their mask) of every kind of head, costliest first; ((), mask) where all heads
+    share one."""
+    return tuple(sorted(group_heads(mask), key=lambda kind: -mean_row_width(kind[1])))
+
+
+def make_plans(mask: Mask, span: int, tile: int) -> tuple[Plan, ...]:
+    """A plan for every kind of head; span in positions, tile in grains."""
+    return tuple(make_plan(one, span, GRAIN, tile) for _, one in kinds_of(mask))
+
+
+def packs(mask: Mask, count: int) -> bool:
+    """Whether `count` neighbouring heads can share an item: one mask, whatever the head."""
+    if count > 1 and any(plan.needs_head for plan in make_plans(mask, ROWS // count, TILE)):
+        return False
+    return all(set(range(head - head % count, head - head % count + count)) <= set(heads)
+               for heads, _ in kinds_of(mask) for head in heads)
+
+
+def head_groups(mask: Mask, count: int) -> tuple[tuple[int, ...], ...]:
+    """For every kind the first head of each of its groups of `count` heads; () for one kind."""
+    return tuple(heads[::count] for heads, _ in kinds_of(mask) if heads)
 
 
 def refuse_dims(head_dim: int, value_dim: int, by_name: bool = False) -> str:
@@ -143,22 +174,25 @@ def pick_hopper(mask: Mask, group: int, head_dim: int, value_dim: int = 0,
 
     by_name  whether the kernel was asked for by name: rows of 65 to 96 elements are not padded then
     """
-    packed = 1
-    if not make_plan(mask, ROWS, GRAIN).needs_head:
-        packed = next(n for n in (4, 2, 1) if group % n == 0)
+    packed = next(n for n in (4, 2, 1) if group % n == 0 and packs(mask, n))
     letters, keys, *slots = pick_room(head_dim, value_dim or head_dim, not by_name)
-    plan = make_plan(mask, ROWS // packed, GRAIN, keys // GRAIN)
-    return HopperConfig(packed, pick_narrow(plan, keys), *slots, block_n=keys, letters=letters,
+    narrow = pick_narrow(make_plans(mask, ROWS // packed, keys // GRAIN), keys,
+                         tuple(len(heads) for heads, _ in kinds_of(mask)))
+    return HopperConfig(packed, narrow, *slots, block_n=keys, letters=letters,
                         padded=not by_name)
 
 
-def pick_narrow(plan: Plan, block_n: int = BLOCK_N) -> int:
-    """The width of the first tile that leaves the fewest empty columns in a long call."""
-    loose, _ = count_grains(plan, LONG)
+def pick_narrow(plans: tuple[Plan, ...], block_n: int, heads: tuple[int, ...]) -> int:
+    """The width of the first tile that leaves the fewest empty columns in a long call.
+
+    heads  how many heads have each plan; only their ratios matter
+    """
+    loose = [count_grains(plan, LONG)[0] for plan in plans]
 
     def columns(narrow: int) -> float:
-        rest = np.maximum(loose - narrow // GRAIN, 0)
-        return float((narrow + block_n * -(-rest // (block_n // GRAIN))).mean())
+        rest = [np.maximum(one - narrow // GRAIN, 0) for one in loose]
+        return sum(max(count, 1) * float((narrow + block_n * -(-one // (block_n // GRAIN))).mean())
+                   for one, count in zip(rest, heads, strict=True))
 
     return min((n for n in (128, 64, 32) if n <= block_n), key=columns)
 
@@ -207,14 +241,15 @@ class Schedule:
 
 
 def schedule(plan: Plan, config: HopperConfig, shape: Shape, groups: int, section: int,
-             processors: int) -> Schedule:
+             processors: int, kinds: int = 1) -> Schedule:
     """Cut the few long items (LastQ rows see the whole prompt), so that none is the tail.
 
     groups  groups of heads, all batch entries together
+    kinds   of heads; where there are several, no item is cut: the costliest kind starts first
     """
     q_tiles = -(-shape.q_len // config.span)
     whole = Schedule(q_tiles * groups, q_tiles, section, 0, 0, 1)
-    if plan.needs_head:
+    if plan.needs_head or kinds > 1:
         return whole
     steps = count_steps(plan, config, shape) + 1
     share = max(float(steps.sum()) * groups / processors * SHARE, LEAST_SHARE)

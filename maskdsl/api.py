@@ -323,11 +323,10 @@ class Attention:
 
         if self.backend == "torch":
             return emit_source(self.plan)
-        if self.backend == "hopper":
-            from maskdsl.codegen.emit_hopper import emit_hopper
-
-            return emit_hopper(self.plan)
         forward: Any = self._forward
+        if self.backend == "hopper":
+            source: str = forward.hopper.default_source(HEAD_DIM)
+            return source
         heads = tuple(len(heads) for heads, _ in forward.kinds if heads)
         return emit_kernels(forward.default_plans(HEAD_DIM), heads)
 

@@ -17,13 +17,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import masks, shapes
 
-from maskdsl import Causal, FirstQ, Full, LastQ, Mask, Shape, Sink, Where, Window, dense, simplify
+from maskdsl import (
+    Causal,
+    Empty,
+    FirstQ,
+    Full,
+    LastQ,
+    Mask,
+    PerHead,
+    Shape,
+    Sink,
+    Where,
+    Window,
+    dense,
+    simplify,
+)
 from maskdsl.codegen.emit_hopper import emit_hopper
 from maskdsl.codegen.hopper import magic
 from maskdsl.codegen.hopper_cut import (
     GRAIN,
     HopperConfig,
     Schedule,
+    head_groups,
+    kinds_of,
+    make_plans,
     parts_of,
     pick_hopper,
     pick_room,
@@ -32,9 +49,11 @@ from maskdsl.codegen.hopper_cut import (
     schedule,
     value_parts,
 )
+from maskdsl.codegen.forecast import total_pairs, total_visited
 from maskdsl.codegen.hopper_work import count_hopper
 from maskdsl.codegen.planner import make_plan
 from maskdsl.codegen.workload import CallHeads
+from maskdsl.heads import count_heads
 from maskdsl.text import NUMPY_NAMES
 
 TRIANGLE = Sink(8) | Window(512) | LastQ(128)
@@ -49,13 +68,24 @@ def run_text(source: str) -> dict[str, Any]:
     """The scalar functions of an emitted file as Python functions."""
     start, stop = source.index("FAR = "), source.index("@gluon.jit\ndef named_barrier")
     text = source[start:stop].replace("@gluon.jit\n", "")
-    text = re.sub(r"def mask_tile.*?(?=\n\n\n)", "", text, flags=re.DOTALL)
-    gl = SimpleNamespace(**vars(NUMPY_NAMES["tl"]), constexpr=lambda x: x, to_tensor=lambda x: x)
+    text = re.sub(r"def mask_tile\w*\(.*?(?=\n\n\n)", "", text, flags=re.DOTALL)
+    gl = SimpleNamespace(**vars(NUMPY_NAMES["tl"]), constexpr=lambda x: x, to_tensor=lambda x: x,
+                         load=lambda pointer: pointer.table[pointer.place])
     names: dict[str, Any] = {"gl": gl}
     exec(text, names)
     # dividers take the divisor itself here; what the host makes of it has a test of its own
     return names | {"floor_div": lambda a, b: a // b, "modulo": lambda a, b: a % b,
                     "divide": lambda a, divisor, _: a // divisor, "below": below}
+
+
+class Pointer:
+    """A pointer to int32 in memory."""
+
+    def __init__(self, table: tuple[int, ...], place: int = 0) -> None:
+        self.table, self.place = table, place
+
+    def __add__(self, more: int) -> Pointer:
+        return Pointer(self.table, self.place + more)
 
 
 class Walk:
@@ -64,15 +94,16 @@ class Walk:
     def __init__(self, mask: Mask, shape: Shape, config: HopperConfig, cut: Schedule,
                  groups: int) -> None:
         self.shape, self.config, self.cut, self.groups = shape, config, cut, groups
-        self.plan = make_plan(mask, config.span, GRAIN, config.tile)
-        source = emit_hopper(self.plan)
-        self.words = "def live_words" in source
-        self.names = run_text(source)
-        for name in ("open_item", "start_of", "grain_at", "full_at", "find_tiles", "live_words",
-                     "live_pairs"):
-            if name in self.names:  # functions see the replaced helpers
-                self.names[name].__globals__.update(
-                    {k: self.names[k] for k in ("floor_div", "modulo", "divide", "below")})
+        self.plan = make_plans(mask, config.span, config.tile)[0]
+        kinds = head_groups(mask, config.heads_packed)
+        self.head_order = Pointer(sum(kinds, ()))
+        source = emit_hopper(*make_plans(mask, config.span, config.tile),
+                             groups=tuple(map(len, kinds)))
+        self.source, self.names = source, run_text(source)
+        # functions see the replaced helpers
+        self.names["open_item"].__globals__.update(
+            {k: self.names[k] for k in ("floor_div", "modulo", "divide", "below")}
+            | {name: below for name in self.names if name.startswith("below_")})
 
     def lengths(self) -> tuple[int, int, int, int]:
         s = self.shape
@@ -84,7 +115,7 @@ class Walk:
         return self.names["open_item"](  # type: ignore[no-any-return]
             item, cut.q_tiles, self.groups, self.groups, cut.section, cut.split_first,
             cut.split_count, cut.splits, light, 0, cut.section, 0, self.groups, 0, *self.lengths(),
-            c.heads_packed, c.span, c.narrow, c.block_n, GRAIN)
+            self.head_order, c.heads_packed, c.span, c.narrow, c.block_n, GRAIN)
 
     def count(self) -> npt.NDArray[np.int64]:
         """How often each (group, row, key) is kept."""
@@ -119,12 +150,14 @@ class Walk:
         start = int(self.names["start_of"](j, count, state, GRAIN))
         p = (rows + self.shape.q_offset)[:, None]
         keys = start + np.arange(GRAIN)
-        if self.words:
-            word = self.names["live_words"](p, np.int64(start), *self.lengths(), 0, head)
+        own = f"_{state[0]}" if "mask_tile_0" in self.source else ""  # functions of each kind
+        if f"live_words{own}" in self.names:
+            word = self.names[f"live_words{own}"](p, np.int64(start), state, *self.lengths(), 0,
+                                                  head)
             live = (np.broadcast_to(word, p.shape) >> np.arange(GRAIN)) & 1
         else:
-            live = np.broadcast_to(self.names["live_pairs"](
-                p, keys[None, :], *self.lengths(), 0, head), (len(rows), len(keys)))
+            live = np.broadcast_to(self.names[f"live_pairs{own}"](
+                p, keys[None, :], state, *self.lengths(), 0, head), (len(rows), len(keys)))
         there = keys < self.shape.kv_len
         assert not live[:, ~there].any()
         times[group][np.ix_(rows, keys[there])] += live[:, there].astype(np.int64)
@@ -133,15 +166,18 @@ class Walk:
 def check(mask: Mask, shape: Shape, group: int = 4, groups: int = 2, processors: int = 2,
           dim: int = 128) -> None:
     whole = simplify(mask)
-    if refuse_mask(whole) or not shape.q_len or not shape.kv_len:
+    if refuse_mask(whole, by_name=True) or not shape.q_len or not shape.kv_len:
         return
     config = pick_hopper(whole, group, dim, by_name=True)
-    plan = make_plan(whole, config.span, GRAIN, config.tile)
-    cut = schedule(plan, config, shape, groups, groups, processors)
+    groups = (count_heads(whole) or groups * config.heads_packed) // config.heads_packed
+    plans = make_plans(whole, config.span, config.tile)
+    cut = schedule(plans[0], config, shape, groups, groups, processors, len(plans))
     times = Walk(whole, shape, config, cut, groups).count()
+    heads = groups * config.heads_packed
+    every = dense(mask, shape, 1, heads, "cpu")[0].expand(heads, -1, -1)
     for g in range(groups):
         head = g * config.heads_packed
-        live = dense(mask, shape, 1, head + 1, "cpu")[0, head if plan.needs_head else 0].numpy()
+        live = every[head].numpy()
         assert np.array_equal(times[g], live.astype(np.int64)), (mask, shape, cut)
 
 
@@ -161,6 +197,31 @@ def test_every_live_pair_is_kept_once(mask: Mask, shape: Shape, group: int, dim:
 def test_fixed_masks(mask: Mask, lengths: tuple[int, int]) -> None:
     check(mask, Shape(*lengths), 2)
     check(mask, Shape(*lengths), 2, dim=256)
+
+
+KINDS = [  # 8 heads each
+    PerHead([Full(), TRIANGLE, TRIANGLE, Full(), Sink(9), Empty(), TRIANGLE, Full()]) & Causal(),
+    PerHead([Window(100)] * 4 + [Full()] * 4) & Causal(),
+    PerHead([Window(100), Window(100), Sink(40) | FirstQ(7), Sink(40) | FirstQ(7)] * 2),
+    PerHead([Where(lambda b, h, q, k: q - k < 40 * (h + 1)), Window(70)] * 4) & Causal(),
+    PerHead([Where(lambda b, h, q, k: (q + k) % 3 > 0), LastQ(50)] * 4) & Causal(),
+    PerHead([Window(100)] * 8),
+]
+
+
+@pytest.mark.parametrize("mask", KINDS, ids=lambda m: repr(m)[:60])
+def test_kinds_of_heads(mask: Mask) -> None:
+    """Several masks in one launch: every head walks its own."""
+    for lengths, group in [((1000, 1000), 8), ((1, 300), 4), ((130, 1000), 2), ((500, 333), 1)]:
+        check(mask, Shape(*lengths), group)
+    check_counts(mask, Shape(500, 500), 8, 2, 16)
+
+
+def test_heads_share_items_where_they_share_a_mask() -> None:
+    for mask, packed in zip(KINDS, (1, 4, 2, 1, 1, 4), strict=True):
+        assert pick_hopper(simplify(mask), 4, 128, by_name=True).heads_packed == packed
+        assert not refuse_mask(simplify(mask), by_name=True)
+        assert "by kind of head" in refuse_mask(simplify(mask)) or len(kinds_of(mask)) == 1
 
 
 @pytest.mark.parametrize("mask,first", [
@@ -200,10 +261,10 @@ def test_rings_fit_shared_memory() -> None:
 def check_counts(mask: Mask, shape: Shape, heads: int, kv_heads: int, processors: int) -> None:
     """What `explain` counts, against every item opened by the kernel's own text."""
     whole = simplify(mask)
-    if refuse_mask(whole) or not shape.q_len:
+    if refuse_mask(whole, by_name=True) or not shape.q_len:
         return
-    work, cut = count_hopper(whole, shape, CallHeads(1, heads, kv_heads), processors)
-    groups, seen = heads // cut.config.heads_packed, work.visited
+    works, cut = count_hopper(whole, shape, CallHeads(1, heads, kv_heads), processors)
+    groups, seen = heads // cut.config.heads_packed, total_visited(works)
     assert seen.items == cut.schedule.items and seen.first == seen.items * cut.config.narrow
     walk = Walk(whole, shape, cut.config, cut.schedule, groups)
     full = masked = longest = 0
@@ -214,8 +275,9 @@ def check_counts(mask: Mask, shape: Shape, heads: int, kv_heads: int, processors
         longest = max(longest, last - first)
     assert (seen.full, seen.masked, seen.longest) == (full, masked, longest), (whole, shape, cut)
     live = dense(mask, shape, 1, heads, "cpu")[0]
-    assert work.live_pairs == int(live.sum()) * (heads // len(live))
-    if not walk.plan.needs_head:
+    assert total_pairs(works) == int(live.sum()) * (heads // len(live))
+    work = works[0]
+    if not walk.plan.needs_head and len(works) == 1:
         assert (sum(row.full for row in work.rows) * groups,
                 sum(row.masked for row in work.rows) * groups) == (full, masked)
 
@@ -231,8 +293,8 @@ def test_explain_counts_what_items_do(mask: Mask, shape: Shape, heads: tuple[int
 
 def test_explain_counts_cut_items_and_heads_that_differ() -> None:
     check_counts(TRIANGLE & Causal(), Shape(3000, 3000), 4, 1, 64)
-    work, cut = count_hopper(simplify(TRIANGLE & Causal()), Shape(3000, 3000), CallHeads(1, 4, 1),
-                             64)
+    (work,), cut = count_hopper(simplify(TRIANGLE & Causal()), Shape(3000, 3000),
+                                CallHeads(1, 4, 1), 64)
     assert cut.schedule.splits > 1 and work.visited.items > -(-3000 // cut.config.span)
     check_counts(Where(lambda b, h, q, k: (q - k < 90 * (h + 1)) & (q >= k)), Shape(700, 700), 4, 2,
                  8)
