@@ -83,11 +83,13 @@ def current_commit() -> str:
 
 
 def make_inputs(length: int, heads: int = HEADS, kv_heads: int = KV_HEADS,
-                dim: int = DIM) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random normal bf16 q, k, v [1, H, length, dim] on the GPU."""
+                dim: int = DIM, value_dim: int = 0) -> tuple[torch.Tensor, torch.Tensor,
+                                                             torch.Tensor]:
+    """Random normal bf16 q, k, v [1, H, length, dim] on the GPU; value_dim 0: dim."""
     generator = torch.Generator(device="cuda").manual_seed(length)
-    q, k, v = (torch.randn(1, h, length, dim, device="cuda", dtype=torch.bfloat16,
-                           generator=generator) for h in (heads, kv_heads, kv_heads))
+    q, k, v = (torch.randn(1, h, length, d, device="cuda", dtype=torch.bfloat16,
+                           generator=generator)
+               for h, d in ((heads, dim), (kv_heads, dim), (kv_heads, value_dim or dim)))
     return q, k, v
 
 

@@ -180,4 +180,5 @@ def interval_words(plan: Plan) -> tuple[str, ...] | None:
         low, high = found.groups()
         word = f"below({high} - start)"
         words.append(f"({word} & ~below({low} - start))" if low else word)
-    return (*in_gluon(plan.rows), "start = start + p * 0", f"return {' | '.join(words) or 'start * 0'}")
+    return (*in_gluon(plan.rows), "start = start + p * 0",
+            f"return {' | '.join(words) or 'start * 0'}")

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import re
 
-from maskdsl.codegen.emit import indent
+from maskdsl.codegen.emit import indent, read_template
 from maskdsl.codegen.emit_hopper import (
     Place,
     in_gluon,
     interval_words,
     mask_text,
     places_of,
-    read_template,
     state_names,
     tile_bounds,
 )
@@ -49,7 +48,9 @@ def kind_place(plans: tuple[Plan, ...], which: int) -> tuple[str, ...]:
     for i, plan in reversed(list(enumerate(plans))):
         place: Place = places_of(plan)[which]
         own = dict(zip(state_names(plan), own_names(plans)[1:], strict=False))
-        found = re.sub(r"\b\w+\b", lambda word, own=own: own.get(word[0], word[0]), place.text)
+        found = place.text
+        for name, shared in own.items():  # own0, own1, ... are no names of a plan's
+            found = re.sub(rf"\b{name}\b", shared, found)
         text = f"gl.where(kind == {i}, {found}, {text})" if text else found
     return in_gluon((f"return {text}",))
 

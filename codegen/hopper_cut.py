@@ -175,10 +175,10 @@ def pick_hopper(mask: Mask, group: int, head_dim: int, value_dim: int = 0,
     by_name  whether the kernel was asked for by name: rows of 65 to 96 elements are not padded then
     """
     packed = next(n for n in (4, 2, 1) if group % n == 0 and packs(mask, n))
-    letters, keys, *slots = pick_room(head_dim, value_dim or head_dim, not by_name)
+    letters, keys, k_slots, v_slots = pick_room(head_dim, value_dim or head_dim, not by_name)
     narrow = pick_narrow(make_plans(mask, ROWS // packed, keys // GRAIN), keys,
                          tuple(len(heads) for heads, _ in kinds_of(mask)))
-    return HopperConfig(packed, narrow, *slots, block_n=keys, letters=letters,
+    return HopperConfig(packed, narrow, k_slots, v_slots, block_n=keys, letters=letters,
                         padded=not by_name)
 
 

@@ -33,7 +33,6 @@ from maskdsl.shape import Shape
 from maskdsl.tiles import Ints
 
 
-
 def item_of(call: CallHeads) -> tuple[int, int]:
     """(rows of an item, which are heads x positions, keys of a tile)."""
     return ROWS, pick_room(call.head_dim, call.value_dim)[1]
@@ -77,7 +76,8 @@ def count_hopper(mask: Mask, shape: Shape, call: CallHeads, processors: int,
     kinds = kinds_of(mask)
     plans = make_plans(mask, config.span, config.tile)
     groups = call.batch * call.heads // config.heads_packed
-    section = pick_section(kinds[0][1], shape.kv_len, ELEMENT * (call.head_dim + call.value_dim), groups,
+    section = pick_section(kinds[0][1], shape.kv_len,
+                           ELEMENT * (call.head_dim + call.value_dim), groups,
                            group // config.heads_packed)
     cut = schedule(plans[0], config, shape, groups, section, processors, len(kinds)) \
         if shape.q_len else Schedule(0, 0, section, 0, 0, 1)

@@ -33,6 +33,7 @@ from maskdsl import (
     simplify,
 )
 from maskdsl.codegen.emit_hopper import emit_hopper
+from maskdsl.codegen.forecast import total_pairs, total_visited
 from maskdsl.codegen.hopper import magic
 from maskdsl.codegen.hopper_cut import (
     GRAIN,
@@ -49,7 +50,6 @@ from maskdsl.codegen.hopper_cut import (
     schedule,
     value_parts,
 )
-from maskdsl.codegen.forecast import total_pairs, total_visited
 from maskdsl.codegen.hopper_work import count_hopper
 from maskdsl.codegen.planner import make_plan
 from maskdsl.codegen.workload import CallHeads
