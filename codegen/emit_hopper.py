@@ -31,32 +31,43 @@ def emit_hopper(*plans: Plan, groups: tuple[int, ...] = ()) -> str:
     groups  of several kinds: groups of packed heads of each, in one batch entry
     """
     from maskdsl.codegen import emit_hopper_kinds as kinds
+    from maskdsl.codegen.emit_hopper_sieve import ADD, list_names, sieve_pieces
 
-    plan, several = plans[0], len(plans) > 1
+    plan, several, sieve = plans[0], len(plans) > 1, plans[0].sieve is not None
+    assert not (several and any(one.sieve for one in plans))
     loose, full = places_of(plan)
     names = kinds.own_names(plans) if several else state_names(plan)
-    letter = [*LETTER, *names]
+    own = list_names(plan) if sieve else names
+    letter = [*LETTER, *own]
     order, which = ("light - 1 - place", "last") if plan.last_first else ("place", "first")
     pieces = {
         "<HEADER>\n": "".join(map(header_text, plans)),
-        "    # <BOUNDS>\n": indent(kinds.kind_bounds(plans) if several else
-                                  in_gluon(tile_bounds(plan))),
-        "    # <GRAIN_AT>\n": indent(kinds.kind_place(plans, 0) if several else
-                                    in_gluon((f"return {loose.text}",))),
-        "    # <FULL_AT>\n": indent(kinds.kind_place(plans, 1) if several else
-                                   in_gluon((f"return {full.text}",))),
-        "# <MASK_TILE>\n": kinds.kind_functions(plans) if several else mask_text(plan),
-        "    # <KINDS>\n": indent(kinds.kind_order(plans, groups)) if several else "",
+        "# <MASK_TILE>\n": kinds.kind_functions(plans) if several else
+                           (ADD if sieve else "") + mask_text(plan),
         "    # <TILE_ORDER>\n": indent((
             f"# the {which} query tiles see most keys: they start first", f"q_tile = {order}")),
         "    # <WRITE>\n": indent(tuple(f"text = gl.where(place == {i}, {name}, text)"
                                         for i, name in enumerate(letter))),
         "    # <READ>\n": indent((f"return ({words(0, len(LETTER))},",
                                  f"        ({words(len(LETTER), len(letter))},))")),
-        "    # <STATE>\n": indent((f"{', '.join(names)}, = state",)),
         "<CONSTANTS>": wrap([f"{name}: gl.constexpr" for name in CONSTANTS], 3, 12),
         "<CONSTANT_NAMES>": wrap(list(CONSTANTS), 6, 20),
     }
+    if several:
+        pieces |= {"    # <BOUNDS>\n": indent(kinds.kind_bounds(plans)),
+                   "    # <GRAIN_AT>\n": indent(kinds.kind_place(plans, 0)),
+                   "    # <FULL_AT>\n": indent(kinds.kind_place(plans, 1)),
+                   "    # <KINDS>\n": indent(kinds.kind_order(plans, groups))}
+    elif sieve:
+        pieces |= sieve_pieces(plan)
+    else:
+        pieces |= {"    # <BOUNDS>\n": indent(in_gluon(tile_bounds(plan))),
+                   "    # <GRAIN_AT>\n": indent(in_gluon((f"return {loose.text}",))),
+                   "    # <FULL_AT>\n": indent(in_gluon((f"return {full.text}",))),
+                   "    # <KINDS>\n": ""}
+    pieces |= {"    # <STATE>\n": indent((f"{', '.join(own)}, = state",))}
+    if not sieve:
+        pieces |= {"        # <OWN>\n": "", "    # <OWN>\n": ""}
     template = read_template("hopper")
     for mark, text in pieces.items():
         template = template.replace(mark, text)
@@ -111,7 +122,8 @@ def header_text(plan: Plan) -> str:
     return (f"mask         {plan.mask!r}\n"
             f"item         128 rows of {plan.block_m} positions, grains of {plan.block_n} keys\n"
             f"FULL tiles   {count_text(plan.full)}, no mask\n"
-            f"loose        {count_text(plan.masked)}\n")
+            f"loose        {count_text(plan.masked)}"
+            f"{', dead grains left out by interval arithmetic' if plan.sieve else ''}\n")
 
 
 def in_gluon(lines: tuple[str, ...]) -> tuple[str, ...]:

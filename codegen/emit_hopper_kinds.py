@@ -76,7 +76,7 @@ def kind_order(plans: tuple[Plan, ...], groups: tuple[int, ...]) -> tuple[str, .
     return (*lines, "batch = place // kind_groups % entries",
             "q_tile = place // (kind_groups * entries)",
             "q_tile = gl.where(last_first != 0, q_tiles - 1 - q_tile, q_tile)",
-            "head = gl.load(head_order + before + place % kind_groups)")
+            "head = gl.load(own_table + before + place % kind_groups)")
 
 
 def kind_functions(plans: tuple[Plan, ...]) -> str:

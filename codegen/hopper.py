@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 
 from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit_hopper import emit_hopper
+from maskdsl.codegen.emit_hopper_sieve import LISTS, PAD
 from maskdsl.codegen.hopper_cut import (
     GRAIN,
     HopperConfig,
@@ -88,6 +90,17 @@ class HopperForward:
             self.modules[config] = plans, load_module(self.source(config)).forward
         return self.modules[config]
 
+    def own_table(self, plan: Plan, config: HopperConfig, shape: Shape, programs: int,
+                  device: torch.device) -> Callable[[], torch.Tensor]:
+        """Makes what the mask needs in memory, int32: the heads by kind, or (anew for each launch)
+        room for every program's lists of grains."""
+        order = sum(head_groups(self.mask, config.heads_packed), ())
+        table = head_table(order or (0,), device)
+        if plan.sieve is None:
+            return lambda: table
+        size = programs * LISTS * (-(-shape.kv_len // GRAIN) + PAD)
+        return lambda: torch.empty(size, dtype=torch.int32, device=device)
+
     def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
                 scale: float, make_out: OutputMaker, with_lse: bool,
                 config: HopperConfig | None = None) -> Call:
@@ -116,8 +129,7 @@ class HopperForward:
         width = constants["V_PARTS"] * made[5].block_shape[3]  # of a row of a part
         sizes = (cut.splits * batch * heads * rows, width)
 
-        order = sum(head_groups(self.mask, config.heads_packed), ())
-        head_order = head_table(order or (0,), device)
+        own_table = self.own_table(plans[0], config, shape, grid, device)
         nothing = torch.empty(1, dtype=torch.float32, device=device)  # of the type of real parts
 
         def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
@@ -130,7 +142,7 @@ class HopperForward:
             tensors = (q, k, v, k, v, out)
             forward[(grid,)](*(rebase(d, t) for d, t in zip(made, tensors, strict=True)),
                              q if lse is None else lse, parts, part_lse, queue(device),
-                             head_order, *numbers, scale, **constants)
+                             own_table(), *numbers, scale, **constants)
             if cut.split_count:
                 combine_parts(out, lse, parts, part_lse, cut, config.span, shape.q_len)
             return result

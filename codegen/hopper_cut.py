@@ -11,8 +11,9 @@ import numpy as np
 from maskdsl.codegen.emit_hopper import fits_letter
 from maskdsl.codegen.lists import group_heads
 from maskdsl.codegen.plan import Plan
-from maskdsl.codegen.planner import LONG, make_plan, mean_row_width
+from maskdsl.codegen.planner import LONG, make_plan, make_sifted, mean_row_width
 from maskdsl.codegen.tune import DENSE_WIDTH
+from maskdsl.codegen.visits import static_steps
 from maskdsl.dynamic import slots_of
 from maskdsl.expr import Mask
 from maskdsl.heads import count_heads
@@ -80,11 +81,21 @@ def refuse_mask(mask: Mask, by_name: bool = False) -> str:
     if slots_of(mask):
         return "the mask reads data that comes with the call"
     kinds = [one for _, one in kinds_of(mask)]
-    if any(make_plan(one, 64, 64).sieve is not None for one in kinds):
-        return "the mask has dead tiles inside its intervals, which only the portable kernel skips"
+    if any(map(has_dead_tiles, kinds)):
+        if not by_name:
+            return ("the mask has dead tiles inside its intervals, which the Hopper kernel was not "
+                    "measured for; backend='hopper' takes it")
+        if len(kinds) > 1:
+            return ("a kind of head has dead tiles inside its intervals, which only the portable "
+                    "kernel skips")
     if not all(fits_letter(make_plan(one, ROWS // 4, GRAIN, TILE)) for one in kinds):
         return "the mask has too many separate intervals"
     return ""
+
+
+def has_dead_tiles(mask: Mask) -> bool:
+    """Whether it pays to ask tile by tile which are dead: then grains are listed."""
+    return make_plan(mask, 64, 64).sieve is not None
 
 
 @lru_cache(maxsize=256)
@@ -96,7 +107,8 @@ def kinds_of(mask: Mask) -> tuple[tuple[tuple[int, ...], Mask], ...]:
 
 def make_plans(mask: Mask, span: int, tile: int) -> tuple[Plan, ...]:
     """A plan for every kind of head; span in positions, tile in grains."""
-    return tuple(make_plan(one, span, GRAIN, tile) for _, one in kinds_of(mask))
+    return tuple((make_sifted if has_dead_tiles(one) else make_plan)(one, span, GRAIN, tile)
+                 for _, one in kinds_of(mask))
 
 
 def packs(mask: Mask, count: int) -> bool:
@@ -200,9 +212,7 @@ def pick_narrow(plans: tuple[Plan, ...], block_n: int, heads: tuple[int, ...]) -
 def count_grains(plan: Plan, shape: Shape, batch: int = 0, head: int = 0) -> tuple[Any, Any]:
     """(loose, full) grains of every query tile, int64[query tiles]."""
     values = plan.run_bounds(shape, batch, head)
-    like = np.zeros(len(values["p_first"]), dtype=np.int64)
-    loose, full = (sum((stop - start for start, stop in plan.segments(which, values)), like)
-                   for which in (plan.masked, plan.full))
+    full, loose = static_steps(plan, shape, values)
     return loose, full
 
 
@@ -245,11 +255,12 @@ def schedule(plan: Plan, config: HopperConfig, shape: Shape, groups: int, sectio
     """Cut the few long items (LastQ rows see the whole prompt), so that none is the tail.
 
     groups  groups of heads, all batch entries together
-    kinds   of heads; where there are several, no item is cut: the costliest kind starts first
+    kinds   of heads; where there are several, no item is cut: the costliest kind starts first; nor
+            is one of a mask with dead tiles, whose grains are counted on the GPU only
     """
     q_tiles = -(-shape.q_len // config.span)
     whole = Schedule(q_tiles * groups, q_tiles, section, 0, 0, 1)
-    if plan.needs_head or kinds > 1:
+    if plan.needs_head or kinds > 1 or plan.sieve is not None:
         return whole
     steps = count_steps(plan, config, shape) + 1
     share = max(float(steps.sum()) * groups / processors * SHARE, LEAST_SHARE)

@@ -180,7 +180,7 @@ def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int
             signature[arg] = f"tensordesc<{NAMES[dtype]}{list(blocks[arg])},{layout!r}>"
         elif arg in constants:
             signature[arg], places[(i,)] = "constexpr", constants[arg]
-        elif arg.endswith("_ptr") or arg in {"queue", "head_order"}:
+        elif arg.endswith("_ptr") or arg in {"queue", "own_table"}:
             signature[arg] = "*fp32" if arg.endswith("_ptr") else "*i32"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:

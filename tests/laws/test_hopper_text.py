@@ -7,6 +7,7 @@ softmax) are executed here as Python, for every item of a call, and every pair i
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,7 @@ from maskdsl import (
     LastQ,
     Mask,
     PerHead,
+    RandomBlocks,
     Shape,
     Sink,
     Where,
@@ -33,12 +35,14 @@ from maskdsl import (
     simplify,
 )
 from maskdsl.codegen.emit_hopper import emit_hopper
+from maskdsl.codegen.emit_hopper_sieve import LISTS, PAD
 from maskdsl.codegen.forecast import total_pairs, total_visited
 from maskdsl.codegen.hopper import magic
 from maskdsl.codegen.hopper_cut import (
     GRAIN,
     HopperConfig,
     Schedule,
+    count_grains,
     head_groups,
     kinds_of,
     make_plans,
@@ -70,7 +74,12 @@ def run_text(source: str) -> dict[str, Any]:
     text = source[start:stop].replace("@gluon.jit\n", "")
     text = re.sub(r"def mask_tile\w*\(.*?(?=\n\n\n)", "", text, flags=re.DOTALL)
     gl = SimpleNamespace(**vars(NUMPY_NAMES["tl"]), constexpr=lambda x: x, to_tensor=lambda x: x,
-                         load=lambda pointer: pointer.table[pointer.place])
+                         load=lambda pointer: pointer.table[pointer.place],
+                         store=lambda pointer, values, mask: pointer.store(values, mask),
+                         arange=lambda start, stop, layout: np.arange(start, stop),
+                         BlockedLayout=lambda *_: None, num_warps=lambda: 1, program_id=lambda _: 0,
+                         associative_scan=lambda values, axis, _: values.cumsum(axis),
+                         sum=lambda values, axis: values.sum(axis))
     names: dict[str, Any] = {"gl": gl}
     exec(text, names)
     # dividers take the divisor itself here; what the host makes of it has a test of its own
@@ -81,11 +90,15 @@ def run_text(source: str) -> dict[str, Any]:
 class Pointer:
     """A pointer to int32 in memory."""
 
-    def __init__(self, table: tuple[int, ...], place: int = 0) -> None:
+    def __init__(self, table: npt.NDArray[np.int64], place: Any = 0) -> None:
         self.table, self.place = table, place
 
-    def __add__(self, more: int) -> Pointer:
+    def __add__(self, more: Any) -> Pointer:
         return Pointer(self.table, self.place + more)
+
+    def store(self, values: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_]) -> None:
+        """gl.store with a mask."""
+        self.table[self.place[mask]] = values[mask]
 
 
 class Walk:
@@ -96,7 +109,8 @@ class Walk:
         self.shape, self.config, self.cut, self.groups = shape, config, cut, groups
         self.plan = make_plans(mask, config.span, config.tile)[0]
         kinds = head_groups(mask, config.heads_packed)
-        self.head_order = Pointer(sum(kinds, ()))
+        size = LISTS * (-(-shape.kv_len // GRAIN) + PAD)
+        self.own_table = Pointer(np.array(sum(kinds, ()) or [-1] * size, dtype=np.int64))
         source = emit_hopper(*make_plans(mask, config.span, config.tile),
                              groups=tuple(map(len, kinds)))
         self.source, self.names = source, run_text(source)
@@ -112,10 +126,13 @@ class Walk:
     def open(self, item: int) -> tuple[Any, ...]:
         cut, c = self.cut, self.config
         light = (cut.q_tiles - cut.split_count) * cut.section
-        return self.names["open_item"](  # type: ignore[no-any-return]
-            item, cut.q_tiles, self.groups, self.groups, cut.section, cut.split_first,
+        found: list[Any] = list(self.names["open_item"](
+            item, item, cut.q_tiles, self.groups, self.groups, cut.section, cut.split_first,
             cut.split_count, cut.splits, light, 0, cut.section, 0, self.groups, 0, *self.lengths(),
-            self.head_order, c.heads_packed, c.span, c.narrow, c.block_n, GRAIN)
+            self.own_table, c.heads_packed, c.span, c.narrow, c.block_n, GRAIN))
+        if self.plan.sieve is not None:
+            found[-1] = (*found[-1], self.own_table)
+        return tuple(found)
 
     def count(self) -> npt.NDArray[np.int64]:
         """How often each (group, row, key) is kept."""
@@ -215,6 +232,27 @@ def test_kinds_of_heads(mask: Mask) -> None:
     for lengths, group in [((1000, 1000), 8), ((1, 300), 4), ((130, 1000), 2), ((500, 333), 1)]:
         check(mask, Shape(*lengths), group)
     check_counts(mask, Shape(500, 500), 8, 2, 16)
+
+
+SIEVED = [
+    RandomBlocks(64, 3) | Window(192), Where(lambda b, h, q, k: k % 256 == 0),
+    Where(lambda b, h, q, k: (k % 100 < 9) & (q >= 40 * h)) | Sink(3) | LastQ(5),
+]
+
+
+@pytest.mark.parametrize("mask", SIEVED, ids=lambda m: repr(m)[:40])
+@pytest.mark.parametrize("causal", [True, False])
+def test_dead_grains_are_left_out(mask: Mask, causal: bool) -> None:
+    """The planning warp's own list; every live pair once, and most dead grains never."""
+    whole = simplify(Causal() & mask) if causal else simplify(mask)
+    assert not refuse_mask(whole, by_name=True) and "dead tiles" in refuse_mask(whole)
+    for lengths, dim in [((1000, 1000), 128), ((1, 300), 128), ((130, 1000), 256)]:
+        check(whole, Shape(*lengths), 4, dim=dim)
+    check_counts(whole, Shape(700, 700), 4, 2, 8)
+    sifted, = make_plans(whole, 32, 4)
+    before, _ = count_grains(replace(sifted, sieve=None), Shape(4096, 4096))
+    after, _ = count_grains(sifted, Shape(4096, 4096))
+    assert after.sum() < 0.7 * before.sum()
 
 
 def test_heads_share_items_where_they_share_a_mask() -> None:
