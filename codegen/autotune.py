@@ -13,7 +13,7 @@ import triton
 
 from maskdsl.codegen.choices import Kind, Run, Setting, Tuned, Tuner, code_digest, time_call
 from maskdsl.codegen.emit import emit_kernels
-from maskdsl.codegen.hopper_cut import HopperConfig, packs, pick_hopper
+from maskdsl.codegen.hopper_cut import HopperConfig, other_rooms, packs, pick_hopper, room_config
 from maskdsl.codegen.kernel import (
     Call,
     TritonForward,
@@ -69,7 +69,10 @@ def hopper_candidates(mask: Mask, group: int, head_dim: int, value_dim: int = 0,
     packed = [n for n in (4, 2, 1) if group % n == 0 and packs(mask, n)]
     made = (replace(default, heads_packed=n, narrow=narrow) for n in packed
             for narrow in (32, 64, 128) if narrow <= default.block_n)
-    return tuple(dict.fromkeys((default, *made)))
+    rooms: tuple[HopperConfig, ...] = ()
+    if by_name:  # not measured: other ways to divide shared memory
+        rooms = tuple(room_config(default, *room) for room in other_rooms(head_dim, value_dim))
+    return tuple(dict.fromkeys((default, *made, *rooms)))
 
 
 def is_capturing(device: torch.device) -> bool:

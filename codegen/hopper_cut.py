@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -27,8 +27,8 @@ LARGEST_DIM = 256
 # bytes of shared memory for queries, keys, values and output; barriers and letters take the rest
 RING_BYTES = 229376
 # (places for the queries of an item, keys of a tile, slots of keys and of values), best first
-ROOMS = ((2, 128, 3, 3), (2, 128, 3, 2), (2, 128, 2, 2), (1, 128, 2, 2), (1, 64, 3, 3),
-         (1, 64, 3, 2), (1, 64, 2, 2))
+ROOMS = ((2, 128, 3, 3), (2, 128, 3, 2), (2, 128, 2, 2), (1, 128, 2, 2), (2, 64, 4, 4),
+         (2, 64, 3, 3), (1, 64, 3, 3), (1, 64, 3, 2), (1, 64, 2, 2))
 ELEMENT = 2  # bytes: the kernel takes 16-bit inputs
 L2_BYTES = 32 << 20  # keys and values of the heads that run side by side should fit the L2 cache
 SHARE = 0.5  # an item longer than this part of one multiprocessor's work is cut along its keys
@@ -168,15 +168,36 @@ def width_of(dim: int, padded: bool = True) -> int:
 
 
 @lru_cache(maxsize=256)
-def pick_room(head_dim: int, value_dim: int, padded: bool = True) -> tuple[int, int, int, int]:
-    """(letters, keys of a tile, slots of keys, of values): the first of ROOMS that fits."""
+def pick_room(head_dim: int, value_dim: int, padded: bool = True,
+              most_keys: int = BLOCK_N) -> tuple[int, int, int, int]:
+    """(letters, keys of a tile, slots of keys, of values): the first of ROOMS that fits, with tiles
+    of at most so many keys."""
     d, (parts, width) = width_of(head_dim, padded), value_parts(head_dim, value_dim, padded)
     for letters, keys, k_slots, v_slots in ROOMS:
         output = 2 * 64 * width if letters == 1 else 0
         elements = letters * ROWS * d + output + keys * (k_slots * d + v_slots * parts * width)
-        if ELEMENT * elements <= RING_BYTES:
+        if keys <= most_keys and ELEMENT * elements <= RING_BYTES:
             return letters, keys, k_slots, v_slots
     raise AssertionError((head_dim, value_dim))
+
+
+def other_rooms(head_dim: int, value_dim: int) -> list[tuple[int, int, int, int, bool]]:
+    """What else could be tried: rows padded, tiles of 64 keys (room and `padded`)."""
+    both = head_dim, value_dim or head_dim
+    pads = (False, True) if is_padded(*both) else (True,)
+    return [(*pick_room(*both, pad, keys), pad) for keys in (BLOCK_N, 64) for pad in pads]
+
+
+def is_padded(head_dim: int, value_dim: int) -> bool:
+    """Whether rows are padded to 128 elements that need not be."""
+    return any(width_of(dim) != width_of(dim, False) for dim in (head_dim, value_dim))
+
+
+def room_config(config: HopperConfig, letters: int, keys: int, k_slots: int, v_slots: int,
+                padded: bool) -> HopperConfig:
+    """A config with another room."""
+    return replace(config, narrow=min(config.narrow, keys), k_slots=k_slots, v_slots=v_slots,
+                   block_n=keys, letters=letters, padded=padded)
 
 
 @lru_cache(maxsize=256)
@@ -187,11 +208,13 @@ def pick_hopper(mask: Mask, group: int, head_dim: int, value_dim: int = 0,
     by_name  whether the kernel was asked for by name: rows of 65 to 96 elements are not padded then
     """
     packed = next(n for n in (4, 2, 1) if group % n == 0 and packs(mask, n))
-    letters, keys, k_slots, v_slots = pick_room(head_dim, value_dim or head_dim, not by_name)
+    value_dim = value_dim or head_dim
+    padded = not (by_name and is_padded(head_dim, value_dim))
+    letters, keys, k_slots, v_slots = pick_room(head_dim, value_dim, padded)
     narrow = pick_narrow(make_plans(mask, ROWS // packed, keys // GRAIN), keys,
                          tuple(len(heads) for heads, _ in kinds_of(mask)))
     return HopperConfig(packed, narrow, k_slots, v_slots, block_n=keys, letters=letters,
-                        padded=not by_name)
+                        padded=padded)
 
 
 def pick_narrow(plans: tuple[Plan, ...], block_n: int, heads: tuple[int, ...]) -> int:

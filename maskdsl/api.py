@@ -57,8 +57,9 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     causal   True (default) intersects with `Causal()`, since these are decoder prefill patterns;
              False takes the mask as it stands (two-sided windows, `PrefixLM`, cross attention)
     backend  "hopper" (H100, H200: the fastest kernel; static masks, float16 and bfloat16, head
-             dimensions up to 128; asked for by name also up to 256, and `PerHead`, which were
-             not measured there yet), "triton" (any GPU), "torch" (any device, differentiable).
+             dimensions up to 128; asked for by name also up to 256, `PerHead` and periodic masks,
+             which were not measured there yet), "triton" (any GPU), "torch" (any device,
+             differentiable).
              Default: the first of them that this machine and the mask allow; what "hopper" then
              cannot take (`.refusal(q, k, v)` says what and why), "triton" computes. A backend
              asked for by name runs or raises. What was chosen is told by `.backend`.

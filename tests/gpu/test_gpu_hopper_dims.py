@@ -1,5 +1,5 @@
 """The Hopper kernel where it must be asked for by name: head dimensions up to 256, rows that are
-not padded, masks that differ by kind of head. Needs an H100 or H200."""
+not padded, masks that differ by kind of head or have dead tiles inside. Needs an H100 or H200."""
 
 from __future__ import annotations
 
@@ -13,7 +13,19 @@ from oracle import Case, check_case, make_inputs
 from strategies import masks, shapes
 
 import maskdsl
-from maskdsl import Empty, FirstQ, Full, LastQ, Mask, PerHead, Shape, Sink, Where, Window
+from maskdsl import (
+    Empty,
+    FirstQ,
+    Full,
+    LastQ,
+    Mask,
+    PerHead,
+    RandomBlocks,
+    Shape,
+    Sink,
+    Where,
+    Window,
+)
 from maskdsl.codegen.hopper import is_hopper
 from maskdsl.codegen.hopper_cut import refuse_mask
 from maskdsl.simplify import simplify
@@ -31,6 +43,8 @@ KINDS = [  # 8 heads each
     (PerHead([Where(lambda b, h, q, k: q - k < 40 * (h + 1)), Window(70)] * 4), True),
     (PerHead([Where(lambda b, h, q, k: (q + k) % 3 > 0), LastQ(50)] * 4), True),
 ]
+SIEVED = [RandomBlocks(64, 3) | Window(192), Where(lambda b, h, q, k: k % 256 == 0),
+          Where(lambda b, h, q, k: (k % 100 < 9) & (q >= 40 * h)) | Sink(3) | LastQ(5)]
 FORCED = {"backend": "hopper"}
 
 
@@ -68,6 +82,23 @@ def test_kinds_of_heads(mask: Mask, causal: bool, dim: int) -> None:
     for q_len, kv_len, batch, kv_heads in [(1000, 1000, 2, 2), (1, 300, 1, 8), (130, 1000, 3, 4)]:
         check_case(case_of(mask, q_len, kv_len, batch, 8, kv_heads, dim, dtype=torch.bfloat16,
                            causal=causal), "cuda")
+
+
+@pytest.mark.parametrize("mask", SIEVED, ids=lambda x: repr(x)[:40])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_dead_tiles(mask: Mask, dim: int) -> None:
+    """The planning warp lists the live grains of an item while others read the list before."""
+    for q_len, kv_len, causal in [(1000, 1000, True), (1, 300, True), (130, 1000, False)]:
+        check_case(case_of(mask, q_len, kv_len, 2, 4, 1, dim, dtype=torch.bfloat16, causal=causal),
+                   "cuda")
+    q, k, v = make_inputs(case_of(mask, 12000, 12000, 1, 8, 2, dim, dtype=torch.bfloat16), "cuda")
+    hopper, portable = (maskdsl.compile(mask, backend=name) for name in ("hopper", "triton"))
+    (out, lse), (expected, expected_lse) = (f(q, k, v, return_lse=True) for f in (hopper, portable))
+    assert (out.float() - expected.float()).abs().max() < 2e-2
+    assert torch.equal(lse.isfinite(), expected_lse.isfinite())
+    assert (lse - expected_lse).nan_to_num(0.0).abs().max() < 2e-5
+    for _ in range(20):
+        assert torch.equal(hopper(q, k, v), out)
 
 
 @pytest.mark.parametrize(("dim", "value_dim"), [(256, 256), (192, 128), (96, 96)])
