@@ -9,6 +9,7 @@ threads end in an error, not in a hang.
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -100,14 +101,14 @@ class Slot:
 
 
 class Ring:
-    """Slots of keys or values: memory in grains of [32, 64]; a tile of n rows has its halves n / 32
-    grains apart."""
+    """Slots of keys or values, or parts of them: memory in grains of 32 rows of up to 64 elements;
+    a tile of n rows has its halves n / 32 grains apart."""
 
     def __init__(self, slots: int, rows: int, dim: int) -> None:
         self.shape = [slots, 1, 1, rows, dim]
-        self.dtype = "half"
-        self.halves, self.tile = dim // 64, rows // 32
-        self.memory = np.full((slots * self.halves * self.tile, 32, 64), np.nan)
+        self.dtype, self.width = "half", min(dim, 64)
+        self.halves, self.tile = dim // self.width, rows // 32
+        self.memory = np.full((slots * self.halves * self.tile, 32, self.width), np.nan)
 
     def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Any:
         return SimpleNamespace(shape=shape, index=lambda place: Slot(self, "grain", int(place)))
@@ -124,26 +125,39 @@ class Ring:
         for h in range(self.halves):
             for j in range(self.tile):
                 self.memory[first + h * self.tile + j] = \
-                    data[32 * j:32 * j + 32, 64 * h:64 * h + 64]
+                    data[32 * j:32 * j + 32, self.width * h:self.width * (h + 1)]
 
     def read(self, slot: int, rows: int) -> Any:
         first, grains = slot * self.halves * self.tile, rows // 32
         return np.concatenate([self.memory[first + h * grains:first + (h + 1) * grains]
-                               .reshape(rows, 64) for h in range(self.halves)], 1)
+                               .reshape(rows, self.width) for h in range(self.halves)], 1)
 
 
 class Queries(Ring):
-    """Slots of 64 query rows."""
+    """Slots of 64 query rows, or parts of them."""
 
-    def __init__(self, dim: int, heads: int) -> None:
-        self.shape, self.dtype = [4, 1, heads, 64 // heads, dim], "half"
-        self.memory = np.full((4, 64, dim), np.nan)
+    def __init__(self, slots: int, dim: int, heads: int) -> None:
+        self.shape, self.dtype = [slots, 1, heads, 64 // heads, dim], "half"
+        self.memory = np.full((slots, 64, dim), np.nan)
 
     def write(self, kind: str, place: int, data: Any) -> None:
         self.memory[place] = data
 
     def read(self, slot: int, rows: int) -> Any:
         return self.memory[slot]
+
+
+class Outputs:
+    """Where output is staged: places of its own, or those of the queries."""
+
+    def __init__(self, queries: Queries, width: int, alone: bool) -> None:
+        places, *_, dim = queries.shape
+        self.ring = Queries(2, width, queries.shape[2]) if alone else queries
+        self.shape = [2 if alone else places * dim // width]
+        self.step, self.width = width, width if alone else dim
+
+    def index(self, place: Any) -> Slot:
+        return Slot(self.ring, "slot", int(place) * self.step // self.width)
 
 
 class Descriptor:
@@ -168,7 +182,8 @@ class Product:
     """A product in flight."""
 
     def __init__(self, a: Any, b: Any, acc: Any) -> None:
-        self.a, self.b, self.acc, self.value = a, b, acc, None
+        self.a, self.b, self.acc = a, b, acc
+        self.value: Any = None
 
 
 def value_of(x: Any) -> Any:
@@ -186,7 +201,8 @@ class Group:
 
     def mma(self, a: Any, b: Any, acc: Any, use_acc: bool = True,
             is_async: bool = True) -> Product:
-        made = Product(a, b, value_of(acc) if use_acc else None)
+        # products that add up in one place run in order: nothing has to wait between them
+        made = Product(a, b, acc if use_acc else None)
         self.flying.append(made)
         return made
 
@@ -194,7 +210,8 @@ class Group:
         while len(self.flying) > left:
             p = self.flying.pop(0)
             a = p.a() if callable(p.a) else np.asarray(p.a)
-            p.value = tensor(a @ p.b() if p.acc is None else np.asarray(p.acc) + a @ p.b())
+            p.value = tensor(a @ p.b() if p.acc is None else
+                             np.asarray(value_of(p.acc)) + a @ p.b())
         found = [value_of(x) for x in deps]
         return found[0] if len(found) == 1 else tuple(found)
 
@@ -239,35 +256,36 @@ HELPERS = {
 
 
 def run_forward(source: str, constants: dict[str, Any], descriptors: list[Descriptor],
-                out: Any, lse: Any, numbers: list[Any], more: list[Any], scale: float,
-                seed: int) -> None:
+                out: Any, width: int, pointers: list[Pointer], numbers: list[Any],
+                more: list[Any], scale: float, seed: int) -> None:
     """One program walks all items: `forward` of the file on numpy data.
 
-    descriptors  in the file's order, without the output's; out float64[B, H, L, Dv], lse flat
+    descriptors  in the file's order, without the output's; out float64[B, H, L, Dv], `width` of
+                 its elements a copy
+    pointers     lse, parts of cut items and their lse, and the mask's own table
     numbers      items .. group, then dividers as (divisor, 0), then the four lengths
     """
     c, machine = constants, Machine()
     dim, value_dim = descriptors[1].block_type.shape[3], descriptors[2].block_type.shape[3]
     heads = max(c["HEADS_PACKED"] // 2, 1)
-    q_s, k_s, v_s = Queries(dim, heads), Ring(c["K_SLOTS"], c["BLOCK_N"], dim), \
-        Ring(c["V_SLOTS"], c["BLOCK_N"], value_dim)
-    sizes = {"q_full": (4, 1), "q_empty": (4, 1), "k_full": (c["K_SLOTS"], 1),
-             "k_empty": (c["K_SLOTS"], 2), "v_full": (c["V_SLOTS"], 1),
-             "v_empty": (c["V_SLOTS"], 2), "mail_full": (2, 1), "mail_empty": (2, 3)}
-    bars = {name: Barriers(machine, name, n) for name, (n, _) in sizes.items()}
-    for name, (_, count) in sizes.items():
-        for bar in bars[name].all:
-            bar.count = count
-    letters = [Letter(64), Letter(64)]
+    places = 2 * c["Q_LETTERS"]
+    q_s = Queries(places * c["K_PARTS"], dim, heads)
+    k_s = Ring(c["K_SLOTS"] * c["K_PARTS"], c["BLOCK_N"], dim)
+    v_s = Ring(c["V_SLOTS"] * c["V_PARTS"], c["BLOCK_N"], value_dim)
+    out_s = Outputs(q_s, width, c["Q_LETTERS"] == 1)
+    bars = make_barriers(machine, c)
+    letter_size = re.search(r"int32, \[2, (\d+)\], LETTER", source)
+    assert letter_size is not None
+    letters = [Letter(int(letter_size[1])) for _ in range(2)]
     mail = SimpleNamespace(index=lambda i: letters[int(i)])
     queue, failures = Pointer(np.zeros(2, dtype=np.int64)), []
     out_desc = SimpleNamespace(layout=None)
     tail = [c[n] for n in ("HEADS_PACKED", "SPAN", "NARROW", "BLOCK_N", "GRAIN", "K_SLOTS",
-                           "V_SLOTS", "WITH_LSE")]
-    b = [bars[name] for name in sizes]
+                           "V_SLOTS", "K_PARTS", "V_PARTS", "Q_LETTERS", "WITH_LSE")]
+    b = list(bars.values())
     items, _, batch_groups, groups, _, first, count, _, kv_group = numbers[:9]
     lengths = numbers[15:19]
-    nothing = Pointer(np.zeros(1))
+    lse, part, part_lse, own_table = pointers
     columns = descriptors[5:]
 
     def make(group: Group) -> dict[str, Any]:
@@ -292,14 +310,33 @@ def run_forward(source: str, constants: dict[str, Any], descriptors: list[Descri
                 machine.dead = True
                 machine.lock.notify_all()
 
-    consume = [out_desc, q_s, k_s, v_s, *b, mail, lse, nothing, nothing, items, batch_groups,
-               groups, first, count, *lengths, *more, scale, *tail]
-    work = [("produce", *descriptors[:5], *columns, q_s, k_s, v_s, *b, mail, items, kv_group,
-             *more, *tail),
+    consume = [out_desc, q_s, out_s, k_s, v_s, *b, mail, own_table, lse, part, part_lse, items,
+               batch_groups, groups, first, count, *lengths, *more, scale, *tail]
+    work = [("produce", *descriptors[:5], *columns, q_s, k_s, v_s, *b, mail, own_table, items,
+             kv_group, *more, *tail),
             ("consume", *consume, 0), ("consume", *consume, 1),
             ("hand_out", *b[6:], mail, queue, *numbers[:8], *numbers[9:15], *lengths, *more,
-             *tail)]
-    threads = [threading.Thread(target=start, args=w, daemon=True) for w in work]
+             own_table, *tail)]
+    run_all(machine, [threading.Thread(target=start, args=w, daemon=True) for w in work], seed)
+    if failures:
+        raise failures[0]
+
+
+def make_barriers(machine: Machine, c: dict[str, Any]) -> dict[str, Barriers]:
+    """All of a program, in the order in which its functions take them."""
+    places = 2 * c["Q_LETTERS"]
+    sizes = {"q_full": (places, 1), "q_empty": (places, 1), "k_full": (c["K_SLOTS"], 1),
+             "k_empty": (c["K_SLOTS"], 2), "v_full": (c["V_SLOTS"], 1),
+             "v_empty": (c["V_SLOTS"], 2), "mail_full": (2, 1), "mail_empty": (2, 3)}
+    bars = {name: Barriers(machine, name, n) for name, (n, _) in sizes.items()}
+    for name, (_, count) in sizes.items():
+        for bar in bars[name].all:
+            bar.count = count
+    return bars
+
+
+def run_all(machine: Machine, threads: list[threading.Thread], seed: int) -> None:
+    """The warp groups beside the copy engine, to their end."""
     engine = threading.Thread(target=machine.copy_all, args=(seed,), daemon=True)
     for t in (*threads, engine):
         t.start()
@@ -309,8 +346,6 @@ def run_forward(source: str, constants: dict[str, Any], descriptors: list[Descri
         machine.done = True
         machine.lock.notify_all()
     engine.join()
-    if failures:
-        raise failures[0]
 
 
 def named(machine: Machine) -> Any:
@@ -350,12 +385,14 @@ def names_for(machine: Machine, group: Group, out: Any, q_s: Queries) -> dict[st
             bar.wait(int(phase))
 
     def write_out(desc: Any, place: list[Any], slot: Slot) -> None:
-        batch, head, row, _ = map(int, place)
+        batch, head, row, column = map(int, place)
         data = slot.staged
         block = data.reshape(-1, 64 // (q_s.shape[2]), data.shape[-1])
         rows = min(block.shape[1], out.shape[2] - row)
         if rows > 0:
-            out[batch, head:head + len(block), row:row + rows] = block[:, :rows, :out.shape[3]]
+            fits = max(out.shape[3] - column, 0)
+            out[batch, head:head + len(block), row:row + rows, column:column + data.shape[-1]] = \
+                block[:, :rows, :fits]
 
     gl = language(machine.lock, 1)
     gl.NVMMASharedLayout = SimpleNamespace(get_default_for=lambda *_: None)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from dynamic_strategies import BATCH, HEADS, KV_HEADS, dynamic_masks, slot_data
-from gluon_threads import Descriptor, Pointer, run_forward
+from gluon_launch import launch_on_threads
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import shapes
@@ -33,68 +31,17 @@ from maskdsl import (
     dense,
     simplify,
 )
-from maskdsl.codegen import hopper_listed
-from maskdsl.codegen.build import load_module
-from maskdsl.codegen.emit_hopper_listed import emit_listed
-from maskdsl.codegen.emit_hopper_lists import kernel_parameters
 from maskdsl.codegen.hopper import HopperForward
-from maskdsl.codegen.hopper_cut import GRAIN, TILE, HopperConfig, refuse_mask
+from maskdsl.codegen.hopper_cut import refuse_mask
 from maskdsl.codegen.kernel import LOG2_E, output_maker
-from maskdsl.codegen.plan import Plan
-from maskdsl.codegen.planner import make_plan
 from maskdsl.dense import dense_attention
 from maskdsl.dynamic import slots_of
-
-
-class ThreadKernel:
-    """Stands in for the compiled kernel: takes the launcher's arguments, runs the file's text."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.source = emit_listed(plan)
-        self.names = load_module(self.source).forward.arg_names
-        self.more = [p.name for p in kernel_parameters(plan)]
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return self.run
-
-    def run(self, *arguments: Any, **constants: Any) -> None:
-        found = dict(zip(self.names, arguments, strict=False))
-        descriptors = [Descriptor(view_of(found[n]).double().numpy(), found[n].block_shape)
-                       for n in self.names if n.endswith("_desc") and n != "out_desc"]
-        out = view_of(found["out_desc"])
-        values, lse = out.double().numpy() * np.nan, Pointer(np.full(out[..., 0].numel(), np.nan))
-        first, last = self.names.index("items"), self.names.index("total_len")
-        numbers = list(arguments[first:last + 1])
-        # the machine divides by the divisors themselves, not by what the host makes of them
-        light = numbers[1] * numbers[4]
-        numbers[9:15] = [light, 0, numbers[4], 0, numbers[3], 0]
-        more = [Pointer(x.numpy().astype(np.int64).ravel()) if isinstance(x, torch.Tensor) else x
-                for x in map(found.__getitem__, self.more)]
-        run_forward(self.source, constants, descriptors, values, lse, numbers, more,
-                    found["scale"], seed=len(self.source))
-        out.copy_(torch.from_numpy(values))
-        if constants["WITH_LSE"]:
-            found["lse_ptr"].copy_(torch.from_numpy(lse.memory).view(found["lse_ptr"].shape))
-
-
-def view_of(descriptor: Any) -> torch.Tensor:
-    """The tensor a TMA descriptor copies from."""
-    found: torch.Tensor = descriptor.base.as_strided(descriptor.shape, descriptor.strides)
-    return found
 
 
 @pytest.fixture
 def on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches run on threads; the rest of a call is what runs on a GPU."""
-    def kernel(self: HopperForward, config: HopperConfig) -> tuple[Plan, Any]:
-        plan = make_plan(self.mask, config.span, GRAIN, TILE)
-        return plan, ThreadKernel(plan)
-
-    monkeypatch.setattr(HopperForward, "kernel", kernel)
-    monkeypatch.setattr(hopper_listed, "queue", lambda _: torch.zeros(2, dtype=torch.int32))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties",
-                        lambda _: SimpleNamespace(multi_processor_count=1))
+    launch_on_threads(monkeypatch)
 
 
 def make_data(mask: Mask, length: int, heads: int) -> dict[str, Any]:
