@@ -5,11 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from dynamic_strategies import BATCH, HEADS, KV_HEADS, dynamic_masks, slot_data
-from gluon_threads import Descriptor, Pointer, run_forward
+from gluon_machine import load_kernel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import shapes
@@ -34,9 +33,7 @@ from maskdsl import (
     simplify,
 )
 from maskdsl.codegen import hopper_listed
-from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit_hopper_listed import emit_listed
-from maskdsl.codegen.emit_hopper_lists import kernel_parameters
 from maskdsl.codegen.hopper import HopperForward
 from maskdsl.codegen.hopper_cut import GRAIN, TILE, HopperConfig, refuse_mask
 from maskdsl.codegen.kernel import LOG2_E, output_maker
@@ -46,55 +43,20 @@ from maskdsl.dense import dense_attention
 from maskdsl.dynamic import slots_of
 
 
-class ThreadKernel:
-    """Stands in for the compiled kernel: takes the launcher's arguments, runs the file's text."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.source = emit_listed(plan)
-        self.names = load_module(self.source).forward.arg_names
-        self.more = [p.name for p in kernel_parameters(plan)]
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return self.run
-
-    def run(self, *arguments: Any, **constants: Any) -> None:
-        found = dict(zip(self.names, arguments, strict=False))
-        descriptors = [Descriptor(view_of(found[n]).double().numpy(), found[n].block_shape)
-                       for n in self.names if n.endswith("_desc") and n != "out_desc"]
-        out = view_of(found["out_desc"])
-        values, lse = out.double().numpy() * np.nan, Pointer(np.full(out[..., 0].numel(), np.nan))
-        first, last = self.names.index("items"), self.names.index("total_len")
-        numbers = list(arguments[first:last + 1])
-        # the machine divides by the divisors themselves, not by what the host makes of them
-        light = numbers[1] * numbers[4]
-        numbers[9:15] = [light, 0, numbers[4], 0, numbers[3], 0]
-        more = [Pointer(x.numpy().astype(np.int64).ravel()) if isinstance(x, torch.Tensor) else x
-                for x in map(found.__getitem__, self.more)]
-        run_forward(self.source, constants, descriptors, values, lse, numbers, more,
-                    found["scale"], seed=len(self.source))
-        out.copy_(torch.from_numpy(values))
-        if constants["WITH_LSE"]:
-            found["lse_ptr"].copy_(torch.from_numpy(lse.memory).view(found["lse_ptr"].shape))
-
-
-def view_of(descriptor: Any) -> torch.Tensor:
-    """The tensor a TMA descriptor copies from."""
-    found: torch.Tensor = descriptor.base.as_strided(descriptor.shape, descriptor.strides)
-    return found
-
-
 @pytest.fixture
-def on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches run on threads; the rest of a call is what runs on a GPU."""
+def on_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches run on the emulator; the rest of a call is what runs on a GPU."""
     def kernel(self: HopperForward, config: HopperConfig) -> tuple[Plan, Any]:
         plan = make_plan(self.mask, config.span, GRAIN, TILE)
-        return plan, ThreadKernel(plan)
+        made = load_kernel(emit_listed(plan), "forward")
+        made.seed = len(repr(self.mask))
+        return plan, made
 
     monkeypatch.setattr(HopperForward, "kernel", kernel)
     monkeypatch.setattr(hopper_listed, "queue", lambda _: torch.zeros(2, dtype=torch.int32))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties",
-                        lambda _: SimpleNamespace(multi_processor_count=1))
+                        lambda _: SimpleNamespace(multi_processor_count=2))
 
 
 def make_data(mask: Mask, length: int, heads: int) -> dict[str, Any]:
@@ -137,7 +99,7 @@ def check(whole: Mask, shape: Shape, data: dict[str, Any], sizes: tuple[int, int
     (Columns("cols") | VerticalSlash("vs"), 4, 64), (Columns("cols"), 1, 64),
     (Blocks("blk", 128, 128) | Sink(4), 1, 128), (Blocks("blk", 128, 128) - Window(64), 4, 64),
     (VerticalSlash("loose") | Blocks("blk", 128, 128), 4, 64)], ids=repr)
-def test_values_and_lse(mask: Mask, heads: int, dim: int, on_threads: None) -> None:
+def test_values_and_lse(mask: Mask, heads: int, dim: int, on_machine: None) -> None:
     """Lists for all heads, for pairs of them and for each: four, two and one head an item. The
     output is float16; the lse is exact."""
     whole = simplify(Causal() & mask)
@@ -148,7 +110,7 @@ def test_values_and_lse(mask: Mask, heads: int, dim: int, on_threads: None) -> N
 
 @settings(max_examples=5, suppress_health_check=list(HealthCheck))
 @given(dynamic_masks(), shapes(max_len=200), st.data())
-def test_random_masks(on_threads: None, mask: Mask, shape: Shape, data: st.DataObject) -> None:
+def test_random_masks(on_machine: None, mask: Mask, shape: Shape, data: st.DataObject) -> None:
     whole = simplify(mask)
     limit = min((x for m in mask.walk() if (x := m.limit()) is not None), default=1 << 60)
     slots = data.draw(slot_data(mask, shape))
