@@ -67,6 +67,6 @@ def kernels(case: Case, tensors: Tensors) -> dict[str, Callable[[], Prepared]]:
 def ours(case: Case, tensors: Tensors, backend: str) -> Prepared:
     """The backward of one backend, which must take the call."""
     attn: Any = maskdsl.compile(case.pattern.mask, backend=backend, backward=True)
-    refused = attn.gradient_refusal(*tensors) if backend == "hopper" else ""
+    refused = attn.refusal(*tensors, backward=True) if backend == "hopper" else ""
     assert not refused, refused
     return Prepared(lambda: attn(*tensors))

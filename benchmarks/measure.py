@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +34,55 @@ def mask_of(sizes: tuple[int, int, int]) -> Mask:
 
 @dataclass
 class Report:
-    """Rows measured in one run, with what they were measured on."""
+    """Rows measured in one run, with what they were measured on.
+
+    until   `time.monotonic()` after which a question begins nothing new
+    folder  where every row is written as soon as it is there; None: only by `save`
+    """
 
     question: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     about: dict[str, str] = field(default_factory=dict)
+    until: float = math.inf
+    folder: Path | None = None
+    commit: str = ""
 
     def add(self, **row: Any) -> None:
-        """Keep one row, and print it at once."""
+        """Keep one row; print and write it at once."""
         self.rows.append(row)
         print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
                         for k, v in row.items()), flush=True)
+        if self.folder is not None:
+            self.write(self.folder, {"unfinished": "the run was still going on"})
+
+    def is_late(self, what: str) -> bool:
+        """Whether the time is up; then `what` is told to be missing."""
+        if time.monotonic() < self.until:
+            return False
+        self.about["left out"] = ", ".join(filter(None, (self.about.get("left out"), what)))
+        print(f"no time left for {what}", flush=True)
+        return True
 
     def save(self, folder: Path, commit: str) -> None:
         """Write the rows as JSON and as a Markdown table."""
-        self.about = describe_machine(commit) | self.about
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.question}.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
-        (folder / f"{self.question}.md").write_text(self.markdown())
+        self.commit = commit
+        self.write(folder, {})
 
-    def markdown(self) -> str:
+    def write(self, folder: Path, more: dict[str, str]) -> None:
+        """The files as they are now, with `more` about the run."""
+        about = describe_machine(self.commit) | self.about | more
+        folder.mkdir(parents=True, exist_ok=True)
+        data = {"question": self.question, "rows": self.rows, "about": about}
+        for name, text in ((f"{self.question}.json", json.dumps(data, indent=1) + "\n"),
+                           (f"{self.question}.md", self.markdown(about))):
+            part = folder / f".{name}.part"
+            part.write_text(text)
+            part.replace(folder / name)
+
+    def markdown(self, about: dict[str, str]) -> str:
         """The table for docs/benchmarks."""
         names = list(dict.fromkeys(name for row in self.rows for name in row))
-        lines = [f"# {self.question}", "", *(f"- {k}: {v}" for k, v in self.about.items()), "",
+        lines = [f"# {self.question}", "", *(f"- {k}: {v}" for k, v in about.items()), "",
                  "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
         for row in self.rows:
             cells = (row.get(name, "") for name in names)
@@ -82,23 +109,34 @@ def current_commit() -> str:
     return run.stdout.strip() or "unknown"
 
 
+def device() -> str:
+    """Where benchmarks run: the GPU, or the CPU for a rehearsal of their code."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def make_inputs(length: int, heads: int = HEADS, kv_heads: int = KV_HEADS,
                 dim: int = DIM) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random normal bf16 q, k, v [1, H, length, dim] on the GPU."""
-    generator = torch.Generator(device="cuda").manual_seed(length)
-    q, k, v = (torch.randn(1, h, length, dim, device="cuda", dtype=torch.bfloat16,
-                           generator=generator) for h in (heads, kv_heads, kv_heads))
+    """Random normal q, k, v [1, H, length, dim]: bf16 on the GPU, float32 without one."""
+    where = device()
+    dtype = torch.bfloat16 if where == "cuda" else torch.float32
+    generator = torch.Generator(device=where).manual_seed(length)
+    q, k, v = (torch.randn(1, h, length, dim, device=where, dtype=dtype, generator=generator)
+               for h in (heads, kv_heads, kv_heads))
     return q, k, v
 
 
 def time_ms(function: Callable[..., Any], *arguments: Any, repeat_ms: int = 150,
             **options: Any) -> float:
-    """Median milliseconds of function(*arguments, **options), by CUDA events."""
+    """Median milliseconds of function(*arguments, **options), by CUDA events; on a CPU one call."""
 
     def call() -> Any:
         return function(*arguments, **options)
 
     call()
+    if device() == "cpu":
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
     torch.cuda.synchronize()
     return float(triton.testing.do_bench(call, warmup=40, rep=repeat_ms, return_mode="median"))
 

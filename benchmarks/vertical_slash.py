@@ -14,8 +14,19 @@ from typing import Any
 import torch
 
 import maskdsl
-from benchmarks.measure import DIM, HEADS, KV_HEADS, MASKS, Report, make_inputs, mask_of, time_ms
+from benchmarks.measure import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    MASKS,
+    Report,
+    device,
+    make_inputs,
+    mask_of,
+    time_ms,
+)
 from maskdsl import Causal, Mask, VerticalSlash, VSIndices
+from maskdsl.codegen.hopper import is_hopper
 
 LENGTH = 131072
 SIZES = ((1000, 6096), (512, 2048))
@@ -25,15 +36,15 @@ def make_indices(length: int, vertical: int, slash: int, heads: int, run: int,
                  seed: int = 0) -> VSIndices:
     """Random columns, and slashes in runs of `run` neighbours from multiples of it, 0.. among them;
     others in every head."""
-    generator = torch.Generator(device="cuda").manual_seed(seed)
+    generator = torch.Generator(device=device()).manual_seed(seed)
 
     def draw(size: int, count: int) -> torch.Tensor:
-        order = torch.rand(1, heads, size, device="cuda", generator=generator)
+        order = torch.rand(1, heads, size, device=device(), generator=generator)
         order[..., 0] = 2  # the first column, the first run: always there
         return order.topk(count).indices
 
     starts = draw(length // run, slash // run) * run
-    near = torch.arange(run, device="cuda")
+    near = torch.arange(run, device=device())
     slashes = (starts[..., None] + near).flatten(-2)
     return VSIndices(draw(length, vertical).int(), slashes.int())
 
@@ -92,6 +103,18 @@ def measure_peer(report: Report, peer: Any, row: dict[str, Any], data: VSIndices
     report.add(**row, kernel="MInference, K and V repeated for 32 heads", ms=time_ms(repeat))
 
 
+def measure_hopper(report: Report, row: dict[str, Any], name: str, mask: Mask, data: VSIndices,
+                   qkv: tuple[torch.Tensor, ...], live: int | None) -> None:
+    """The same mask on the Hopper kernel, held against the portable one's output."""
+    attn = maskdsl.compile(Causal() & mask, backend="hopper")
+    expected = maskdsl.compile(Causal() & mask, backend="triton")(*qkv, vs=data)
+    gap = (attn(*qkv, vs=data) - expected).abs().max().item()
+    ms = time_ms(attn, *qkv, vs=data)
+    extra = {"tflops": 4 * DIM * live / ms / 1e9} if live else {}
+    report.add(**row, kernel=f"maskdsl {name} on Hopper, conversion included", ms=ms,
+               largest_difference_to_the_portable_kernel=gap, **extra)
+
+
 def run(report: Report) -> None:
     """Two sizes, indices for each query head and for each key/value head."""
     peer = load_peer()
@@ -112,6 +135,9 @@ def run(report: Report) -> None:
                 ms = time_ms(attn, *qkv, vs=data)
                 extra = {"tflops": 4 * DIM * live / ms / 1e9} if name == "exact" else {}
                 report.add(**row, kernel=f"maskdsl {name}, conversion included", ms=ms, **extra)
+                if is_hopper():
+                    measure_hopper(report, row, name, mask, data, qkv,
+                                   live if name == "exact" else None)
             if peer is not None and heads == HEADS:
                 wide = maskdsl.compile(VerticalSlash("vs", "block64"))(*qkv, vs=data)
                 measure_peer(report, peer, row, data, qkv, wide)

@@ -25,6 +25,8 @@ from maskdsl.codegen.kernel import (
 )
 from maskdsl.codegen.planner import make_plan
 from maskdsl.codegen.tune import Config, fits_chip, power_of_two
+from maskdsl.dynamic import slots_of
+from maskdsl.errors import BackendError
 from maskdsl.expr import Mask
 from maskdsl.shape import Shape
 from maskdsl.version import VERSION
@@ -129,6 +131,10 @@ class Autotuned:
         refused = self.forward.must and self.forward.refuse_hopper(q, k, v)
         if refused or not q.numel() or not shape.kv_len:
             return prepare()  # raises, or launches nothing
+        if self.forward.must and slots_of(self.forward.mask):
+            raise BackendError("autotune=True with backend='hopper' and call-time data",
+                               "the Hopper kernel has one setting for such masks",
+                               "leave autotune out, or backend='triton'")
         check_device(q)
 
         def start(setting: Setting) -> Run:

@@ -108,8 +108,8 @@ def bound_reach(lines: Lines, first: int, pieces: tuple[Piece, ...]) -> tuple[st
     hulls = [bound_hull(lines, first + i, piece)[:2] for i, piece in enumerate(pieces)]
     if not hulls:
         return "0", "0"
-    lo = lines.set("reach_lo", _nest("tl.minimum", [lo for lo, _ in hulls]))
-    return lo, lines.set("reach_hi", _nest("tl.maximum", [hi for _, hi in hulls]))
+    lo = lines.set("reach_lo", nest_text("tl.minimum", [lo for lo, _ in hulls]))
+    return lo, lines.set("reach_hi", nest_text("tl.maximum", [hi for _, hi in hulls]))
 
 
 def bound_piece(lines: Lines, i: int, piece: Piece, block_n: int) -> TileRange:
@@ -191,14 +191,15 @@ def merge_prefixes(lines: Lines, ranges: list[TileRange]) -> list[TileRange]:
     if len(prefixes) < 2:
         return sorted(ranges, key=lambda r: r.start != "0")
     lines.add("# all that starts at key 0, as one range")
-    stop = lines.set("prefix_stop", _nest("tl.maximum", [r.stop for r in prefixes]))
+    stop = lines.set("prefix_stop", nest_text("tl.maximum", [r.stop for r in prefixes]))
     cores = [r.core_stop for r in prefixes if r.core_stop != "0" and r.core_start == "0"]
-    core = lines.set("prefix_core", _nest("tl.maximum", cores)) if cores else "0"
+    core = lines.set("prefix_core", nest_text("tl.maximum", cores)) if cores else "0"
     rest = [r for r in ranges if r.start != "0"]
     return [TileRange("0", stop, "0", core), *rest]
 
 
-def _nest(name: str, args: list[str]) -> str:
+def nest_text(name: str, args: list[str]) -> str:
+    """f(a, f(b, c)) of two or more arguments, of one the argument."""
     text = args[-1]
     for arg in reversed(args[:-1]):
         text = f"{name}({arg}, {text})"

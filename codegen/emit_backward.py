@@ -1,4 +1,4 @@
-"""From a plan to the source of one Triton file with the gradients' kernels.
+"""From plans to the source of one Triton file with the gradients' kernels.
 
 As in `emit`, only the bounds of the loops, the mask of a tile and the dead-tile test depend on the
 mask. The query gradients walk the plan as forward does, the key gradients its `KeyPlan`.
@@ -6,126 +6,131 @@ mask. The query gradients walk the plan as forward does, the key gradients its `
 
 from __future__ import annotations
 
-from maskdsl.codegen.emit import (
+from maskdsl.codegen.emit import header_text, merge_lists, read_template, tile_order_text
+from maskdsl.codegen.emit_key_walk import (
+    KEY_STATE,
+    column_parameters,
+    column_sums,
+    column_walk,
+    key_slots,
+    key_walk,
+)
+from maskdsl.codegen.emit_lists import names_text, parameters_text, setup_lines
+from maskdsl.codegen.emit_rows import lists_rows, slot_parameters, take_helpers
+from maskdsl.codegen.emit_score_gradients import score_gradients
+from maskdsl.codegen.emit_scores import (
+    HELPERS,
+    back_lines,
+    score_lines,
+    score_parameters,
+    weight_text,
+)
+from maskdsl.codegen.emit_walk import (
     INDENT,
     LOADS,
     SCORES,
-    header_text,
+    Step,
+    branch_text,
     indent,
-    loop_names,
-    read_template,
-    tile_order_text,
-    virtual_lines,
+    names_keys,
+    walk_text,
 )
-from maskdsl.codegen.listing import Segment
-from maskdsl.codegen.members import live_lines, test_static
+from maskdsl.codegen.listing import Parameter
+from maskdsl.codegen.lists import parameters
+from maskdsl.codegen.members import KEYS, Test
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.row_bounds import KeyPlan
+from maskdsl.scores import RelativePosition, ScoreMod
 
 SHARED = ("floor_div", "modulo", "head_base", "load_tile")  # helpers that forward has too
 NO_TMA = tuple(line.replace("USE_TMA", "False") for line in LOADS)
-WEIGHTS = "weights = tl.math.exp2(scores * scale_log2 - lse[:, None])"
-QUERY_STEP = (
-    "grad_scores = tl.dot(grads, tl.trans(values), input_precision=PRECISION)",
-    "grad_scores = weights * (grad_scores - delta[:, None])",
-    "acc = tl.dot(grad_scores.to(keys.dtype), keys, acc, input_precision=PRECISION)",
-)
-ROW_LOADS = (
-    "queries = load_tile(q_base, q_stride_l, batch, head, first_row, q_len, HEAD_DIM,",
-    "                    BLOCK_M, QK_BLOCK, ALIGN, False)",
-    "grads = load_tile(g_base, g_stride_l, batch, head, first_row, q_len, VALUE_DIM,",
-    "                  BLOCK_M, V_BLOCK, ALIGN, False)",
-    "row = first_row + tl.arange(0, BLOCK_M)",
-    "lse = load_lse(lse_ptr, rows, row, q_len)",
-    "delta = tl.load(delta_ptr + rows + row, mask=row < q_len, other=0.0)",
-    "scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)",
-    "weights = tl.math.exp2(scores * scale_log2 - lse[None, :])",
-)
-DEAD = "weights = tl.where(live, weights, 0.0)"
-KEY_STEP = (
-    "value_acc = tl.dot(weights.to(grads.dtype), grads, value_acc, input_precision=PRECISION)",
-    "grad_scores = tl.dot(values, tl.trans(grads), input_precision=PRECISION)",
-    "grad_scores = weights * (grad_scores - delta[None, :])",
-    "key_acc = tl.dot(grad_scores.to(queries.dtype), queries, key_acc, input_precision=PRECISION)",
-)
+QUERY_STATE = frozenset({"acc"})
 
 
-def emit_backward(plan: Plan, by_key: KeyPlan) -> str:
-    """The gradients' kernel file of one static plan and one plan by key tile, which may be of
-    another tile size; equal plans give equal text."""
-    pieces = {
-        "<HEADER>\n": f"By query tile:\n{header_text((plan,))}\nBy key tile:\n"
-                      f"{header_text((by_key.plan,))}\n",
-        "# <HELPERS>\n": shared_helpers(),
-        f"{INDENT}# <TILE_ORDER>\n": tile_order_text((plan,), ()),
-        f"{INDENT}# <QUERY_WALK>\n": query_walk(plan),
-        f"{INDENT * 2}# <KEY_WALK>\n": key_walk(by_key),
-    }
+def query_parameters(plans: tuple[Plan, ...], heads: tuple[int, ...]) -> list[Parameter]:
+    """The arguments of `query_gradients` beyond those of every mask."""
+    found = [*parameters(merge_lists(plans)), *score_parameters(plans[0].scores)]
+    found += [Parameter(name, True) for name in end_names(plans[0].scores, "_ptr")]
+    return [*found, Parameter("head_order", True)] if heads else found
+
+
+def key_parameters(plans: tuple[Plan, ...], heads: tuple[int, ...]) -> list[Parameter]:
+    """The arguments of `key_gradients` and `column_gradients` beyond those of every mask."""
+    lists = merge_lists(plans)
+    found = slot_parameters(lists)
+    if lists_rows(lists):
+        found += [Parameter(f"rows_{name}", True) for name in ("list", "starts", "bits")]
+        found += [Parameter(f"rows_{name}", False)
+                  for name in ("capacity", "words", "batch", "share")]
+    if lists.columns:
+        found += column_parameters()
+    found += score_parameters(plans[0].scores)
+    return [*found, Parameter("head_kinds", True)] if heads else found
+
+
+def emit_backward(plans: tuple[Plan, ...], by_key: tuple[KeyPlan, ...],
+                  scored: tuple[Plan, ...] = (), heads: tuple[int, ...] = ()) -> str:
+    """The gradients' kernel file of one plan, or of several that share the heads among them; equal
+    plans give equal text.
+
+    by_key  the plans by key tile, which may be of another tile size
+    scored  the plans of the kernels for score modifiers' data
+    """
+    lists, scores = merge_lists(plans), plans[0].scores
+    query, key = query_parameters(plans, heads), key_parameters(plans, heads)
     template = read_template("backward")
+    if lists.columns:
+        template += read_template("backward_columns")
+    helpers = take_helpers("forward", SHARED)
+    helpers += f"{read_template('slots').strip()}\n\n\n" if lists.atoms else ""
+    helpers += HELPERS if scores else ""
+    pieces = {
+        "<HEADER>\n": f"By query tile:\n{header_text(plans)}\nBy key tile:\n"
+                      f"{header_text(tuple(one.plan for one in by_key))}\n",
+        "# <HELPERS>\n": helpers,
+        "<QUERY_NAMES>": names_text(query),
+        "<QUERY_PARAMETERS>": parameters_text(query, 20),
+        f"{INDENT}# <TILE_ORDER>\n": tile_order_text(plans, heads),
+        f"{INDENT}# <START_ENDS>\n": indent(tuple(
+            f"{name} = tl.zeros([BLOCK_M], tl.float32)" for name in end_names(scores, ""))),
+        f"{INDENT}# <QUERY_SLOTS>\n": indent(tuple(setup_lines(lists))),
+        f"{INDENT}# <QUERY_WALK>\n": walk_text(plans, heads, query_step(scores)),
+        f"{INDENT}# <STORE_ENDS>\n": indent(tuple(
+            f"tl.store({name}_ptr + rows + row, {name}, mask=row < q_len)"
+            for name in end_names(scores, ""))),
+        "<KEY_NAMES>": names_text(key),
+        "<KEY_PARAMETERS>": parameters_text(key, 18),
+        f"{INDENT}# <COLUMN_SUMS>\n": indent(column_sums(lists)),
+        f"{INDENT * 2}# <KEY_SLOTS>\n": indent(key_slots(lists, bool(heads)), 2),
+        f"{INDENT * 2}# <KEY_WALK>\n": branch_text(list(map(key_walk, by_key)), KEY_STATE, 2),
+        f"{INDENT * 2}# <COLUMN_WALK>\n": branch_text(list(map(column_walk, by_key)), KEY_STATE, 2),
+    }
     for mark, text in pieces.items():
         template = template.replace(mark, text)
-    return template
+    return template + score_gradients(scored or plans, heads)
 
 
-def shared_helpers() -> str:
-    """The helpers of the forward kernel, as they stand there."""
-    blocks = read_template("forward").split("\n\n\n")
-    found = [next(block for block in blocks if f"\ndef {name}(" in block) for name in SHARED]
-    return "".join(f"{block.strip()}\n\n\n" for block in found)
+def end_names(scores: tuple[ScoreMod, ...], suffix: str) -> list[str]:
+    """The sums of the two ends of every table of distances."""
+    return [f"score{i}_{end}{suffix}" for i, mod in enumerate(scores)
+            if isinstance(mod, RelativePosition) for end in ("low", "high")]
 
 
-def query_walk(plan: Plan) -> str:
-    """Bounds, row bounds and the two loops over key tiles."""
-    text = indent((*plan.bounds, *plan.rows)) + "\n"
-    full = (*NO_TMA, SCORES, WEIGHTS, *QUERY_STEP)
-    test = test_static(plan)
-    masked = (*NO_TMA, SCORES, *test.lines, WEIGHTS, DEAD, *QUERY_STEP)
-    tile, before = loop_head("full", plan.full, f"FULL tiles of {loop_names(plan, False)}")
-    if plan.full:
-        text += indent(before) + indent((f"start = ({tile}) * BLOCK_N", *full), 2) + "\n"
-    tile, before = loop_head("masked", plan.masked,
-                                    f"MASKED tiles of {loop_names(plan, True)}")
-    if not plan.masked:
-        return text
-    sieve = plan.sieve
-    if sieve is None:
-        return text + indent(before) + indent((f"start = ({tile}) * BLOCK_N", *masked), 2) + "\n"
-    head = (f"tile = {tile}", "start = tile * BLOCK_N",
-            "stop = tl.minimum(start + BLOCK_N, kv_len) - 1  # the tile's last key",
-            *sieve.lines, f"if {sieve.test}:")
-    return text + indent((*sieve.setup, *before)) + indent(head, 2) + indent(masked, 3) + "\n"
+def query_step(scores: tuple[ScoreMod, ...]) -> Step:
+    """What dQ takes from a key tile."""
+    gradient = (
+        "grad_scores = tl.dot(grads, tl.trans(values), input_precision=PRECISION)",
+        "grad_scores = weights * (grad_scores - delta[:, None])",
+        *back_lines(scores, ends=True),
+        "acc = tl.dot(grad_scores.to(keys.dtype), keys, acc, input_precision=PRECISION)")
+    modify = score_lines(scores, keep=True) if scores else ()
+    weights, live_weights = (weight_text(scores, "[:, None]", tested) for tested in (False, True))
 
+    def full(plan: Plan) -> tuple[str, ...]:
+        return (SCORES, *((KEYS, *modify) if modify else ()), weights, *gradient)
 
-def key_walk(by_key: KeyPlan) -> str:
-    """Bounds and the two loops over query tiles, for one query head."""
-    plan = by_key.plan
-    text = indent(by_key.bounds, 2) + "\n"
-    test = ("p = (q_offset + row)[None, :]", *plan.rows, *live_lines(plan.tests), DEAD)
-    if by_key.full:
-        tile, before = loop_head("full", by_key.full,
-                                    f"FULL tiles of {loop_names(plan, False)}")
-        text += indent(before, 2) + indent((f"first_row = ({tile}) * BLOCK_M", *ROW_LOADS,
-                                            *KEY_STEP), 3) + "\n"
-    if not by_key.masked:
-        return text
-    tile, before = loop_head("masked", by_key.masked,
-                                f"MASKED tiles of {loop_names(plan, True)}")
-    step = (*ROW_LOADS, *test, *KEY_STEP)
-    sieve = by_key.sieve
-    if sieve is None:
-        return text + indent(before, 2) + indent((f"first_row = ({tile}) * BLOCK_M", *step), 3) + \
-            "\n"
-    head = (f"tile = {tile}", "first_row = tile * BLOCK_M", "p_first = q_offset + first_row",
-            "p_last = q_offset + tl.minimum(first_row + BLOCK_M, q_len) - 1",
-            *sieve.setup, *sieve.lines, f"if {sieve.test}:")
-    return text + indent(before, 2) + indent(head, 3) + indent(step, 4) + "\n"
+    def masked(plan: Plan, test: Test) -> tuple[str, ...]:
+        keys = (KEYS,) if modify and not names_keys(test) else ()
+        return (*test.loads, SCORES, *test.lines, *keys, *modify, live_weights, *gradient)
 
-
-def loop_head(name: str, segments: tuple[Segment, ...],
-              comment: str) -> tuple[str, tuple[str, ...]]:
-    """(the tile of step i, all lines up to and with the `for`) of one loop."""
-    if not segments:
-        return "", ()
-    setup, tile = virtual_lines(name, segments)
-    return tile, (f"# {comment}", *setup, f"for i in tl.range(0, {name}_count"
-                         f"{len(segments) - 1}, num_stages=STAGES):")
+    return Step(NO_TMA, full, masked, QUERY_STATE | frozenset(end_names(scores, "")))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from maskdsl.codegen.emit import count_text, indent, read_template
+from maskdsl.codegen.emit import count_text, read_template
+from maskdsl.codegen.emit_walk import indent
 from maskdsl.codegen.listing import Segment
 from maskdsl.codegen.plan import Plan
 
@@ -33,24 +34,38 @@ def emit_hopper(plan: Plan) -> str:
     bounds = (*plan.bounds, *loose.lines, *full.lines,
               *(("nothing = gl.to_tensor(0)",) if names == ["nothing"] else ()),
               f"return {', '.join(counts)}, ({', '.join(names)},)")
-    order, which = ("light - 1 - place", "last") if plan.last_first else ("place", "first")
-    pieces = {
-        "<HEADER>\n": header_text(plan),
+    pieces = common_pieces(plan) | {
         "    # <BOUNDS>\n": indent(in_gluon(bounds)),
         "    # <GRAIN_AT>\n": indent(in_gluon((f"return {loose.text}",))),
         "    # <FULL_AT>\n": indent(in_gluon((f"return {full.text}",))),
         "# <MASK_TILE>\n": mask_text(plan),
-        "    # <TILE_ORDER>\n": indent((
-            f"# the {which} query tiles see most keys: they start first", f"q_tile = {order}")),
         "    # <WRITE>\n": indent(tuple(f"text = gl.where(place == {i}, {name}, text)"
                                         for i, name in enumerate(letter))),
         "    # <READ>\n": indent((f"return ({words(0, len(LETTER))},",
                                  f"        ({words(len(LETTER), len(letter))},))")),
         "    # <STATE>\n": indent((f"{', '.join(names)}, = state",)),
+        "<LETTER_SIZE>": str(LETTER_SIZE),
+    }
+    pieces |= dict.fromkeys(("        # <JOIN_STATE>\n", "            # <LOAD_SIDES>\n",
+                             "        # <SIDES>\n", "        # <AFTER_SIDES>\n",
+                             "    # <LISTED_FULL>\n", "<MORE>"), "")
+    return fill_template(read_template("hopper"), pieces)
+
+
+def common_pieces(plan: Plan) -> dict[str, str]:
+    """What static masks and those with call-time data fill in alike."""
+    order, which = ("light - 1 - place", "last") if plan.last_first else ("place", "first")
+    return {
+        "<HEADER>\n": header_text(plan),
+        "    # <TILE_ORDER>\n": indent((
+            f"# the {which} query tiles see most keys: they start first", f"q_tile = {order}")),
         "<CONSTANTS>": wrap([f"{name}: gl.constexpr" for name in CONSTANTS], 3, 12),
         "<CONSTANT_NAMES>": wrap(list(CONSTANTS), 6, 20),
     }
-    template = read_template("hopper")
+
+
+def fill_template(template: str, pieces: dict[str, str]) -> str:
+    """The template with its marks replaced, in order."""
     for mark, text in pieces.items():
         template = template.replace(mark, text)
     return template

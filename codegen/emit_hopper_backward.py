@@ -10,8 +10,9 @@ positions: the 64 passing rows are `SPAN` positions of `64 // SPAN` query heads.
 
 from __future__ import annotations
 
-from maskdsl.codegen.emit import count_text, indent, read_template
+from maskdsl.codegen.emit import count_text, read_template
 from maskdsl.codegen.emit_hopper import INTERVAL, Place, in_gluon, place_text, wrap
+from maskdsl.codegen.emit_walk import indent
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.row_bounds import KeyPlan, is_invertible, row_range
 from maskdsl.text import write_integer

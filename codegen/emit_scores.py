@@ -6,6 +6,7 @@ natural units. `scores` is [BLOCK_M, keys]; p, row and k tell where.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -71,28 +72,75 @@ def slope_table(slopes: tuple[float, ...], device: torch.device) -> torch.Tensor
     return torch.tensor(slopes, dtype=torch.float32, device=device)
 
 
-def score_lines(scores: tuple[ScoreMod, ...]) -> tuple[str, ...]:
-    """Lines that turn raw scores into modified ones."""
+@dataclass(frozen=True, slots=True)
+class Spots:
+    """How a kernel calls the positions, rows and keys of its scores; each text broadcasts."""
+
+    p: str = "p"
+    row: str = "row[:, None]"
+    k: str = "k"
+
+
+def score_lines(scores: tuple[ScoreMod, ...], at: Spots = Spots(),
+                keep: bool = False) -> tuple[str, ...]:
+    """Lines that turn raw scores into modified ones; keep: what `back_lines` needs is left in
+    variables."""
+    p, row, k = at.p, at.row, at.k
     lines = ["scores = scores * scale"]
     for i, mod in enumerate(scores):
         name = f"score{i}"
-        if isinstance(mod, Softcap):
+        if isinstance(mod, Softcap) and keep:
+            lines += [f"{name}_tanh = tanh(scores * {1 / mod.cap!r})  # {mod!r}",
+                      f"scores = {mod.cap!r} * {name}_tanh"]
+        elif isinstance(mod, Softcap):
             lines.append(f"scores = {mod.cap!r} * tanh(scores * {1 / mod.cap!r})  # {mod!r}")
         elif isinstance(mod, ALiBi):
-            lines.append(f"scores = scores + tl.load({name}_heads + head) * (k - p)  # ALiBi")
+            lines.append(f"scores = scores + tl.load({name}_heads + head) * ({k} - {p})  # ALiBi")
         elif isinstance(mod, Bias):
             lines += [f"# {mod!r}",
                       f"{name}_row = {name}_bias + batch.to(tl.int64) * {name}_stride_b + "
                       f"head.to(tl.int64) * {name}_stride_h + "
-                      f"row[:, None].to(tl.int64) * {name}_stride_l",
-                      f"scores = scores + tl.load({name}_row + k.to(tl.int64) * {name}_stride_k,",
-                      "                          mask=(row[:, None] < q_len) & (k >= 0) & "
-                      "(k < kv_len), other=0.0).to(tl.float32)"]
+                      f"{row}.to(tl.int64) * {name}_stride_l",
+                      f"scores = scores + tl.load({name}_row + {k}.to(tl.int64) * {name}_stride_k,",
+                      f"                          mask=({row} < q_len) & ({k} >= 0) & "
+                      f"({k} < kv_len), other=0.0).to(tl.float32)"]
         elif isinstance(mod, RelativePosition):
-            lines += [f"{name}_place = tl.minimum(tl.maximum(k - p, -{mod.reach}), {mod.reach}) "
-                      f"+ {mod.reach}  # {mod!r}",
+            reach = mod.reach
+            lines += [f"{name}_place = tl.minimum(tl.maximum({k} - {p}, -{reach}), {reach}) "
+                      f"+ {reach}  # {mod!r}",
                       f"scores = scores + tl.load({name}_table + head * {name}_stride_h + "
                       f"{name}_place).to(tl.float32)"]
+    return tuple(lines)
+
+
+def weight_text(scores: tuple[ScoreMod, ...], axis: str, tested: bool) -> str:
+    """The line that makes probabilities of scores and the lse; modified scores are scaled already.
+
+    tested  `live` tells the pairs that have one; the score of a dead pair may lie far above the lse
+    """
+    power = f"scores * {LOG2_E if scores else 'scale_log2'} - lse{axis}"
+    if tested:
+        power = f'tl.where(live, {power}, float("-inf"))'
+    return f"weights = tl.math.exp2({power})"
+
+
+def back_lines(scores: tuple[ScoreMod, ...], ends: bool = False,
+               upto: int = -1) -> tuple[str, ...]:
+    """Lines that lead `grad_scores` back from modified scores to scaled ones.
+
+    ends  add what the two ends of a table of distances get to the rows' sums
+    upto  stop before modifier `upto`: the gradient of what it added
+    """
+    lines = []
+    for i, mod in reversed(tuple(enumerate(scores))):
+        if i == upto:
+            break
+        if isinstance(mod, Softcap):
+            lines.append(f"grad_scores = grad_scores * (1.0 - score{i}_tanh * score{i}_tanh)")
+        elif isinstance(mod, RelativePosition) and ends:
+            lines += [f"score{i}_{end} += tl.sum(tl.where(k - p {far}, grad_scores, 0.0), 1)"
+                      for end, far in (("low", f"<= -{mod.reach}"),
+                                       ("high", f">= {max(mod.reach, 1)}"))]
     return tuple(lines)
 
 

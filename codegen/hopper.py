@@ -9,6 +9,7 @@ import torch
 
 from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit_hopper import emit_hopper
+from maskdsl.codegen.emit_hopper_listed import emit_listed
 from maskdsl.codegen.hopper_cut import (
     BLOCK_N,
     GRAIN,
@@ -24,6 +25,7 @@ from maskdsl.codegen.hopper_cut import (
 from maskdsl.codegen.hopper_kernels import combine
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan
+from maskdsl.dynamic import slots_of
 from maskdsl.expr import Mask
 from maskdsl.shape import Shape
 
@@ -55,6 +57,11 @@ def magic(divisor: int) -> tuple[int, int]:
     return multiplier - (1 << 32) * (multiplier >> 31), shift
 
 
+def emit_file(plan: Plan) -> str:
+    """The kernel file of a plan."""
+    return emit_listed(plan) if plan.lists.atoms else emit_hopper(plan)
+
+
 class HopperForward:
     """The Hopper kernels of one mask."""
 
@@ -63,22 +70,30 @@ class HopperForward:
         self.modules: dict[HopperConfig, tuple[Plan, Any]] = {}
 
     def default_plan(self, head_dim: int) -> Plan:
-        """The plan for four query heads a key/value head."""
+        """The plan for four query heads a key/value head; with call-time data for every query head
+        of its own."""
+        if slots_of(self.mask):
+            from maskdsl.codegen.hopper_lists import pick_listed
+
+            return self.kernel(pick_listed(self.mask, 4, 1, head_dim))[0]
         return self.kernel(pick_hopper(self.mask, 4, head_dim))[0]
 
     def kernel(self, config: HopperConfig) -> tuple[Plan, Any]:
         """Plan and JIT function for one config."""
         if config not in self.modules:
             plan = make_plan(self.mask, config.span, GRAIN, TILE)
-            self.modules[config] = plan, load_module(emit_hopper(plan)).forward
+            self.modules[config] = plan, load_module(emit_file(plan)).forward
         return self.modules[config]
 
     def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
                 scale: float, make_out: OutputMaker, with_lse: bool,
                 config: HopperConfig | None = None) -> Call:
         """A function of (q, k, v, data) for every call that looks like this one."""
+        from maskdsl.codegen.hopper_listed import prepare_listed
         from maskdsl.codegen.kernel import rebase
 
+        if slots_of(self.mask):
+            return prepare_listed(self, q, k, v, shape, scale, make_out, with_lse, config)
         batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
         group, device = heads // kv_heads, q.device
         config = config or pick_hopper(self.mask, group, q.shape[3])
@@ -91,11 +106,7 @@ class HopperForward:
         cut = schedule(plan, config, shape, groups * batch, section, processors)
         made = describe_all(q, k, v, make_out(q)[1], config)
         grid = min(cut.items, processors)
-        numbers = (cut.items, cut.q_tiles, groups * batch, groups, cut.section, cut.split_first,
-                   cut.split_count, cut.splits, group,
-                   *magic((cut.q_tiles - cut.split_count) * cut.section), *magic(cut.section),
-                   *magic(groups), shape.q_len, shape.kv_len, shape.q_offset,
-                   shape.total_len)
+        numbers = launch_numbers(cut, batch, groups, group, shape)
         constants = constants_of(config, with_lse)
         rows = cut.split_count * config.span
         sizes = (cut.splits * batch * heads * rows, v.shape[3])
@@ -124,6 +135,18 @@ class HopperForward:
                 return launch(q, k, v)
 
         return call
+
+
+def launch_numbers(cut: Schedule, batch: int, groups: int, group: int,
+                   shape: Shape) -> tuple[int, ...]:
+    """The integers every kernel takes.
+
+    groups  groups of heads of one batch entry, an item each; group: query heads a key/value head
+    """
+    return (cut.items, cut.q_tiles, groups * batch, groups, cut.section, cut.split_first,
+            cut.split_count, cut.splits, group,
+            *magic((cut.q_tiles - cut.split_count) * cut.section), *magic(cut.section),
+            *magic(groups), shape.q_len, shape.kv_len, shape.q_offset, shape.total_len)
 
 
 def combine_parts(out: torch.Tensor, lse: torch.Tensor | None, parts: torch.Tensor,

@@ -24,6 +24,7 @@ from maskdsl.codegen.hopper_backward_kernels import sum_parts, sum_products
 from maskdsl.codegen.hopper_cut import GRAIN, ROWS, Schedule
 from maskdsl.codegen.kernel import LEAST_SCALE, LOG2_E, TritonForward, fits_tma, live_strides
 from maskdsl.expr import Mask
+from maskdsl.scores import ScoreMod
 from maskdsl.settings import debug
 from maskdsl.shape import Shape
 
@@ -54,12 +55,15 @@ class HopperBackward:
     """The gradients' kernels of one static mask, for `share` query heads a key/value head; with
     `adds` one kernel computes all, if all are wanted."""
 
+    scores: tuple[ScoreMod, ...] = ()  # it takes no score modifiers
+
     def __init__(self, mask: Mask, share: int, adds: bool = False) -> None:
         self.by_query, self.by_key = QuerySide(mask, share), KeySide(mask, share)
         self.all_by_key = KeySide(mask, share, True) if adds else None
 
     def run(self, call: Backward, tensors: tuple[Tensor, ...], grad_out: Tensor,
-            grad_lse: Tensor | None, wanted: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
+            grad_lse: Tensor | None, wanted: tuple[bool, bool], data: dict[str, Any],
+            names: frozenset[str]) -> tuple[Tensor | None, ...]:
         """(dq, dk, dv) as [B, H, L, D]; None where not wanted. As `TritonBackward.run`."""
         q, k, v, out, lse = tensors
         if not q.numel() or not call.shape.kv_len:

@@ -48,12 +48,21 @@ class HopperConfig:
 
 
 @lru_cache(maxsize=256)
-def refuse_mask(mask: Mask) -> str:
-    """Why the Hopper kernel does not take a mask; "" where it does."""
+def refuse_mask(mask: Mask, by_name: bool = False) -> str:
+    """Why the Hopper kernel does not take a mask; "" where it does.
+
+    by_name  whether the kernel was asked for by name: what has not run on a GPU yet is taken only
+             then
+    """
     if count_heads(mask):
         return "the mask differs by kind of head"
     if slots_of(mask):
-        return "the mask reads data that comes with the call"
+        if by_name:
+            from maskdsl.codegen.hopper_lists import refuse_listed
+
+            return refuse_listed(mask)
+        return ("the mask reads data that comes with the call "
+                "(unmeasured; backend='hopper' takes it)")
     if make_plan(mask, 64, 64).sieve is not None:
         return "the mask has dead tiles inside its intervals, which only the portable kernel skips"
     if not fits_letter(make_plan(mask, ROWS // 4, GRAIN, TILE)):

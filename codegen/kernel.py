@@ -112,7 +112,7 @@ class TritonForward:
         if self.scores:
             return "scores are modified, which only the portable kernel does"
         fits = all(fits_tma(t, live_strides(t)) for t in (q, k, v))
-        return refuse_mask(self.mask) or refuse_call(q, v, fits)
+        return refuse_mask(self.mask, self.must) or refuse_call(q, v, fits)
 
     @cached_property
     def width(self) -> float:

@@ -92,12 +92,13 @@ def base_of(mask: Mask) -> Mask:
     return simplify(replace_lists(mask, False, False))
 
 
-def bound_lists(mask: Mask, block_n: int) -> tuple[Bounds, Lists]:
-    """The bounds text of the static loops, and what is to be listed besides."""
+def bound_lists(mask: Mask, block_n: int, multiple: int = 1) -> tuple[Bounds, Lists]:
+    """The bounds text of the static loops, and what is to be listed besides; `multiple` as in
+    `bound_pieces`."""
     lists = sort_atoms(mask)
     base, sure = base_of(mask), simplify(replace_lists(mask, False, True))
     pieces = spans(base)
-    bounds = bound_pieces(pieces, block_n, None if sure == base else spans(sure))
+    bounds = bound_pieces(pieces, block_n, None if sure == base else spans(sure), multiple)
     count = len(bounds.ranges)
     reach = spans(simplify(replace_lists(mask, True, False)))
     bounds.lines.add("# keys that listed tiles may hold")

@@ -70,6 +70,23 @@ def test_slash(plan: Plan, unvisited: list[str]) -> Test:
     return Test(tuple(loads), tuple(dict.fromkeys(lines)))
 
 
+def test_any(plan: Plan, unvisited: list[str]) -> Test:
+    """The test of the keys `column` [BLOCK_N], whatever they are and wherever they come from."""
+    return _test_keys(plan, "any", unvisited)
+
+
+def test_loose(plan: Plan, unvisited: list[str]) -> Test:
+    """The test of keys `column` that only lists of columns may hold, as every tile that a table or
+    a slash meets is `unvisited` no more."""
+    return _test_keys(plan, "loose", unvisited)
+
+
+def _test_keys(plan: Plan, loop: str, unvisited: list[str]) -> Test:
+    _, lines = member_lines(plan, loop)
+    fresh = " & ".join(("live", *unvisited, "(k >= 0)", "(k < kv_len)"))
+    return Test((), ("k = column[None, :]", *lines, *live_lines(plan.tests), f"live = {fresh}"))
+
+
 def test_columns(plan: Plan, unvisited: list[str]) -> Test:
     """The test of gathered columns."""
     loads, lines = member_lines(plan, "columns")
@@ -94,12 +111,13 @@ def folds(plan: Plan) -> bool:
 def member_lines(plan: Plan, loop: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(loads, lines) that set in_<slot>, bool that broadcasts to [BLOCK_M, BLOCK_N].
 
-    loop  "static", "listed" (aligned tiles), "slash" (any start) or "columns" (gathered keys)
+    loop  "static", "listed" (aligned tiles), "slash" (any start), "columns" (gathered from the
+          list of columns), "any" (any keys) or "loose" (keys of columns alone)
     """
     loads: list[str] = []
     lines: list[str] = []
     for atom in list_atoms(plan):
-        if loop == "columns" or not has_words(plan, atom) or \
+        if loop in ("columns", "any", "loose") or not has_words(plan, atom) or \
                 (loop == "listed" and is_whole(plan, atom)):
             lines.append(f"in_{atom.slot} = {' | '.join(looked_up(plan, atom, loop))}")
             continue
@@ -199,6 +217,8 @@ def looked_up(plan: Plan, atom: ListMask, loop: str) -> list[str]:
         if loop == "columns" and len(plan.lists.columns) == 1:
             return ["(k < kv_len)"]  # these are the slot's own columns
         terms.append(f"has_bit({name}_columns, k, {name}_column_words)")
+    if loop == "loose":
+        return terms or ["(k < 0)"]
     if is_table(atom):
         q_block, kv_block = blocks_of(atom)
         row = f"(q_tile * BLOCK_M) // {q_block}" if has_scalar_row(plan, atom) else \

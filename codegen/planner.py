@@ -37,7 +37,7 @@ def make_plan(mask: Mask, block_m: int, block_n: int, multiple: int = 1) -> Plan
     base = base_of(mask) if lists.listed else mask
     pieces = spans(base)
     if lists.listed:
-        bounds, lists = bound_lists(mask, block_n)
+        bounds, lists = bound_lists(mask, block_n, multiple)
     else:
         bounds = bound_pieces(pieces, block_n, multiple=multiple)
     live = spans(mask)

@@ -11,12 +11,16 @@ then wider than need be, tested pair by pair, and there is no core. Rows become 
 the tiles are sorted and merged like key tiles: no table.
 
 p + 1 >= y  -->  p >= y - 1;  64 * floor(p / 64) >= y  -->  p >= 64 * ceil(y / 64)
+
+Documents turn round by themselves: the rows that see key k are those of its document. Where
+call-time data lists pairs, the static loops walk what is live without any (`lists`), and the query
+tiles listed for a key tile lie outside theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,16 +31,19 @@ from maskdsl.codegen.bounds import (
     TileRange,
     describe_piece,
     merge_prefixes,
+    nest_text,
     split_segments,
 )
 from maskdsl.codegen.listing import Segment
+from maskdsl.codegen.lists import replace_lists
 from maskdsl.codegen.plan import Plan, Sieve, Visits, cover_tiles
 from maskdsl.codegen.sieve import write_sieve
 from maskdsl.shape import Shape
-from maskdsl.spans import ZERO, Piece, Terms
+from maskdsl.simplify import simplify
+from maskdsl.spans import ZERO, Piece, Terms, spans
 from maskdsl.text import NUMPY_NAMES, write_integer
 from maskdsl.tiles import names_of
-from maskdsl.trace import KV_LEN, P
+from maskdsl.trace import KV_LEN, Lookup, P
 
 K_FIRST, K_LAST = sympy.symbols("k_first k_last", integer=True, nonnegative=True)
 Q_OFFSET, Q_END = sympy.symbols("q_offset q_end", integer=True)
@@ -52,6 +59,11 @@ class KeyPlan:
     full, masked  the segments of the two loops
     sieve         dead-tile test of the masked loop, where one pays; all of it runs once a tile,
                   and `tile` is the query tile
+    hulls         the query tiles of the two loops together, in order
+    reach         lines for `first` and `stop`, and for the cores: the query tiles that lists may
+                  hold
+    first, stop   names of its ends
+    cores         query tiles that are live throughout where the (only) table lists them
     """
 
     plan: Plan
@@ -59,21 +71,28 @@ class KeyPlan:
     full: tuple[Segment, ...]
     masked: tuple[Segment, ...]
     sieve: Sieve | None
+    hulls: tuple[Segment, ...] = ()
+    reach: tuple[str, ...] = ()
+    first: str = "0"
+    stop: str = "0"
+    cores: tuple[Segment, ...] = ()
 
-    def run_bounds(self, shape: Shape, batch: int = 0, head: int = 0) -> dict[str, Any]:
+    def run_bounds(self, shape: Shape, batch: int = 0, head: int = 0,
+                   bound: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The variables of the bounds text, each int or int64[key tiles]."""
         first = np.arange(0, shape.kv_len, self.plan.block_n, dtype=np.int64)
         values: dict[str, Any] = {
-            **NUMPY_NAMES, **names_of(shape, batch, head, self.plan.mask),
+            **NUMPY_NAMES, **names_of(shape, batch, head, self.plan.mask, bound),
             "BLOCK_M": self.plan.block_m, "BLOCK_N": self.plan.block_n,
             "q_offset": shape.q_offset, "k_first": first,
             "k_last": np.minimum(first + self.plan.block_n, shape.kv_len) - 1}
-        exec("\n".join(self.bounds), values)
+        exec("\n".join((*self.bounds, *self.reach)), values)
         return values
 
-    def visit(self, shape: Shape, batch: int = 0, head: int = 0) -> Visits:
+    def visit(self, shape: Shape, batch: int = 0, head: int = 0,
+              bound: Mapping[str, Any] | None = None) -> Visits:
         """Which tiles the two loops visit, bool[query tiles, key tiles]."""
-        values = self.run_bounds(shape, batch, head)
+        values = self.run_bounds(shape, batch, head, bound)
         rows = np.arange(-(-shape.q_len // self.plan.block_m))
         like = values["k_first"]
         counts = []
@@ -99,18 +118,49 @@ class KeyPlan:
 
 
 def make_key_plan(plan: Plan) -> KeyPlan:
-    """The plan by key tile of a plan without lists."""
+    """The plan by key tile of a plan by query tile."""
     lines = Lines()
     for line in SETUP:
         lines.add(line)
-    ranges = [bound_rows(lines, i, piece, plan.block_n) for i, piece in enumerate(plan.pieces)]
-    full, masked, _ = split_segments(lines, merge_prefixes(lines, ranges))
+    base, sure = plan.pieces, plan.pieces
+    if plan.lists.listed:
+        sure = spans(simplify(replace_lists(plan.mask, False, True)))
+    block = plan.block_n if base == sure else 0
+    ranges = [bound_rows(lines, i, piece, block) for i, piece in enumerate(base)]
+    if base != sure:
+        ranges += [bound_rows(lines, len(base) + i, piece, plan.block_n)
+                   for i, piece in enumerate(sure)]
+    full, masked, hulls = split_segments(lines, merge_prefixes(lines, ranges))
+    if plan.lists.listed:
+        return bound_lists(KeyPlan(plan, tuple(lines.text), full, masked, None, hulls),
+                           len(ranges))
     sieve = write_sieve(plan.pieces, ranges) if plan.sieve else None
-    return KeyPlan(plan, tuple(lines.text), full, masked, sieve)
+    return KeyPlan(plan, tuple(lines.text), full, masked, sieve, hulls)
+
+
+def bound_lists(made: KeyPlan, count: int) -> KeyPlan:
+    """The plan with the query tiles that lists may hold; `count` pieces have names already."""
+    plan, lines = made.plan, Lines()
+    lines.add("# query tiles that lists may hold")
+    pieces = spans(simplify(replace_lists(plan.mask, True, False)))
+    ranges = [bound_rows(lines, count + i, piece, 0) for i, piece in enumerate(pieces)]
+    if not ranges:
+        return made
+    first = lines.set("reach_first", nest_text("tl.minimum", [r.start for r in ranges]))
+    stop = lines.set("reach_stop", f"tl.minimum({nest_text('tl.maximum', [r.stop for r in ranges])}"
+                                   ", row_tiles)")
+    inside: tuple[Piece, ...] = ()
+    if len(plan.lists.tables) == 1:
+        lines.add("# those that are live throughout where they are listed")
+        inside = spans(simplify(replace_lists(plan.mask, False, True, plan.lists.tables[0])))
+    cores = [bound_rows(lines, count + len(pieces) + i, piece, plan.block_n)
+             for i, piece in enumerate(inside)]
+    return replace(made, reach=tuple(lines.text), first=first, stop=stop, cores=tuple(
+        Segment(r.core_start, r.core_stop) for r in cores if r.core_start != r.core_stop))
 
 
 def bound_rows(lines: Lines, i: int, piece: Piece, block_n: int) -> TileRange:
-    """The query tiles of one piece's hull and core, as text."""
+    """The query tiles of one piece's hull and core, as text; no core where block_n is 0."""
     lines.add(f"# {describe_piece(piece)}")
     low, high, some = row_range(piece, K_FIRST + 1, K_LAST + 1)
     start = "0"
@@ -123,7 +173,7 @@ def bound_rows(lines: Lines, i: int, piece: Piece, block_n: int) -> TileRange:
     if low != Q_OFFSET or high != Q_END or some:
         stop = lines.set(f"stop{i}", f"tl.where({alive}, tl.cdiv({rows_hi} - q_offset, BLOCK_M), "
                          f"{start})")
-    if not piece.fills(block_n) or not all(map(is_invertible, piece.lo + piece.hi)):
+    if not block_n or not piece.fills(block_n) or not all(map(is_invertible, piece.lo + piece.hi)):
         return TileRange(start, stop, start, start)
     low, high, every = row_range(piece, K_LAST + 1, K_FIRST + 1)
     return TileRange(start, stop, *bound_core(lines, i, (low, high), every))
@@ -179,7 +229,7 @@ def is_invertible(term: sympy.Expr) -> bool:
 def first_row(term: sympy.Expr, value: sympy.Expr) -> sympy.Expr | None:
     """The first row p with term(p) >= value; None where no formula is known.
 
-    c + n * p, c + n * floor((a * p + b) / m)
+    c + n * p, c + n * floor((a * p + b) / m), start or stop of the document of p
     """
     moving = [t for t in sympy.Add.make_args(sympy.expand(term)) if t.has(P)]
     if len(moving) != 1:
@@ -190,6 +240,8 @@ def first_row(term: sympy.Expr, value: sympy.Expr) -> sympy.Expr | None:
     steps = round_up(value - sympy.expand(term - moving[0]), scale)
     if core == P:
         return steps
+    if core.func == Lookup and scale == 1 and core.args[1] == P:
+        return first_document_row(core.args[0], sympy.expand(steps))
     if core.func != sympy.floor:
         return None
     over, under = sympy.fraction(sympy.together(core.args[0]))
@@ -198,6 +250,21 @@ def first_row(term: sympy.Expr, value: sympy.Expr) -> sympy.Expr | None:
     if not (slope.is_Integer and slope > 0 and under.is_Integer and under > 0) or rest.has(P):
         return None
     return round_up(sympy.expand(under * steps - rest), slope)
+
+
+def first_document_row(table: sympy.Symbol, value: sympy.Expr) -> sympy.Expr:
+    """The first row p with table[p] >= value > 0, of a table of documents' starts or stops.
+
+    With y = value - 1 in a document: start[p] > y from its stop on, stop[p] > y from its start on.
+    Padding is an empty document, start[y] = stop[y] = y: there it is y + 1 for both.
+    """
+    slot, which = str(table).rsplit("_", 1)
+    start, stop = (Lookup(sympy.Symbol(f"{slot}_{name}", **table.assumptions0), value - 1)
+                   for name in ("start", "stop"))
+    if which == "start":
+        return sympy.Max(stop, value)
+    inside = sympy.Min(sympy.expand(stop - value + 1), 1)  # 0 for padding
+    return value - inside * sympy.expand(value - start)
 
 
 def round_up(e: sympy.Expr, by: sympy.Expr) -> sympy.Expr:

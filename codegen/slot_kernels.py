@@ -97,8 +97,9 @@ def rank_bits(words, before, last, row_words, WITH_LAST: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def list_bits(words, before, out, row_words, capacity, shift, BLOCK: tl.constexpr):
-    """A set as the rising list of its members less `shift`."""
+def list_bits(words, before, out, row_words, capacity, shift, BLOCK: tl.constexpr,
+              SETS: tl.constexpr = 1):
+    """A set as the rising list of its members less `shift`; SETS sets in a row share one list."""
     this = tl.program_id(0).to(tl.int64)
     w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     word = tl.load(words + this * row_words + w, mask=w < row_words, other=0)
@@ -107,7 +108,7 @@ def list_bits(words, before, out, row_words, capacity, shift, BLOCK: tl.constexp
     held = ((word[:, None] >> bit) & 1) != 0
     below = tl.full([1, 32], 1, tl.int32) << bit
     place = start[:, None] + count_bits(word[:, None] & (below - 1))
-    tl.store(out + this * capacity + place, w[:, None] * 32 + bit - shift,
+    tl.store(out + this // SETS * capacity + place, w[:, None] * 32 + bit - shift,
              mask=held & (place < capacity))
 
 

@@ -174,10 +174,13 @@ def config_for_tile(tile: tuple[int, int]) -> Config:
     return Config(block_m, block_n, warps, 2).check()
 
 
-def pick_backward(arch: str, head_dim: int, value_dim: int,
-                  item_size: int) -> tuple[Config, Config]:
+def pick_backward(arch: str, head_dim: int, value_dim: int, item_size: int,
+                  more: bool = False) -> tuple[Config, Config]:
     """The configs of the gradients by query tile and by key tile: large tiles that do not spill
-    (compiled for sm_80 and sm_90); not measured."""
+    (compiled for sm_80 and sm_90); not measured.
+
+    more  lists, kinds of heads or score modifiers take registers of their own
+    """
     size = max(head_dim, value_dim)
     if arch == "cpu" or not arch.startswith("sm_"):
         return Config(32, 32, 4, 1), Config(32, 32, 4, 1)
@@ -187,6 +190,9 @@ def pick_backward(arch: str, head_dim: int, value_dim: int,
     if size > 128:  # 64 rows spill on sm_90, and 32 take no wgmma
         return Config(32, 32, 8, 1), Config(32, 32, 8, 1)
     if int(arch[3:]) < 90:
-        return Config(32, 64, 8, 2), Config(32, 32, 4, 1) if size <= 64 else Config(32, 64, 8, 2)
+        small_keys = more or size <= 64
+        return Config(32, 64, 8, 2), Config(32, 32, 4, 1) if small_keys else Config(32, 64, 8, 2)
+    if more:  # token lists, and PerHead with lists, spill 24 to 60 bytes at head dimension 128
+        return Config(64, 64, 8, 2), Config(32, 64, 8, 1)
     # a second stage of the walk by key tile spills on sm_90: dK, dV, P and dS fill the registers
     return Config(64, 64, 4, 2), Config(32, 64, 4 if size <= 64 else 8, 1)

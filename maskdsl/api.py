@@ -13,7 +13,7 @@ from maskdsl.atoms import Causal
 from maskdsl.backends import check_autotune, check_backward, pick_backend
 from maskdsl.binding import CallSize, check_names, check_slots, describe, wrap
 from maskdsl.dynamic import SlotMask
-from maskdsl.errors import BackendError, GradientError, MaskTypeError
+from maskdsl.errors import BackendError, MaskTypeError
 from maskdsl.expr import Mask
 from maskdsl.heads import count_heads
 from maskdsl.inputs import (
@@ -57,10 +57,11 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     causal   True (default) intersects with `Causal()`, since these are decoder prefill patterns;
              False takes the mask as it stands (two-sided windows, `PrefixLM`, cross attention)
     backend  "hopper" (H100, H200: the fastest kernel; static masks, float16 and bfloat16, head
-             dimensions up to 128), "triton" (any GPU), "torch" (any device, differentiable).
-             Default: the first of them that this machine and the mask allow; what "hopper" then
-             cannot take (`.refusal(q, k, v)` says what and why), "triton" computes. A backend
-             asked for by name runs or raises. What was chosen is told by `.backend`.
+             dimensions up to 128; call-time data by name only, not yet run on a GPU), "triton"
+             (any GPU), "torch" (any device, differentiable). Default: the first of them that this
+             machine and the mask allow; what "hopper" then cannot take (`.refusal(q, k, v)` says
+             what and why), "triton" computes. A backend asked for by name runs or raises. What was
+             chosen is told by `.backend`.
     layout   "bhld" for [B, H, L, D] tensors, "blhd" for [B, L, H, D]
     scale    softmax scale; default D ** -0.5
     tile     (queries, keys) per tile of the Triton kernel; default: tuned, see `.explain()`
@@ -71,16 +72,13 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     scores   score modifiers, applied in order: `Softcap`, `ALiBi`, `Bias`, `RelativePosition`,
              `SinkLogits`; the data of those that take some is given at the call, by name
     backward  True lets autograd through the Triton and Hopper backends, with kernels for the
-             gradients: masks without runtime slots, kinds of heads (`PerHead`) and score
-             modifiers. Tested in Triton's interpreter and compiled ahead of time, not yet run on a
-             GPU, which is why it must be asked for. With backend="hopper" by name the Hopper
-             backward computes what it takes (`.gradient_refusal(q, k, v)` says what it does not and
-             why), the portable kernels the rest; "atomic" lets it sum dQ in any order, in a float32
-             buffer as large as twice dQ, with fewer products (head dimension 128). The torch
-             backend is always differentiable.
+             gradients of q, k, v and the data of score modifiers; the same bits every time. Tested
+             in Triton's interpreter and compiled ahead of time, not yet run on a GPU, which is why
+             it must be asked for. The torch backend is always differentiable, twice as well. With
+             backend="hopper" by name the Hopper backward computes what it takes (`.refusal(q, k, v,
+             backward=True)`); "atomic" lets it add up dQ in any order, in a float32 buffer.
 
-    Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError,
-    GradientError.
+    Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError.
     """
     if not isinstance(mask, Mask):
         raise MaskTypeError(f"compile({mask!r})", f"a {type(mask).__name__}, which is not a mask",
@@ -126,16 +124,14 @@ class Attention:
         self._ready: dict[Any, Any] = {}  # what a call looks like -> how to run it
         self._key = ops.register(self, mask, {"backend": backend, "strict": strict,
                                               "layout": layout, "scale": scale,
-                                              "tile": tile, "autotune": autotune}, scores)
+                                              "tile": tile, "autotune": autotune,
+                                              "backward": backward}, scores)
         forward: Any = self._forward  # what cannot be compiled fails now, not at the first call
         self._autotuned: Autotuned | None = None
         if autotune:
             from maskdsl.codegen.autotune import Autotuned
 
             self._autotuned = Autotuned(forward)
-        if backward and backend != "torch" and (refused := self._refuse_gradients()):
-            raise GradientError(f"compile({mask!r}, backward=True)", refused,
-                                "backend='torch', which is differentiable, or leave backward out")
 
     @cached_property
     def _forward(self) -> TritonForward | TorchForward:
@@ -154,37 +150,23 @@ class Attention:
         return TritonForward(self.mask, config_for_tile(self._tile) if self._tile else None,
                              scores=self.scores, hopper=hopper, must=hopper and self.strict)
 
-    def _refuse_gradients(self) -> str:
-        """Why the kernels have no backward pass for this mask; "" where they have one."""
-        from maskdsl.codegen.gradients import refuse_gradients
-
-        forward: Any = self._forward
-        return refuse_gradients(forward)
-
-    def refusal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+    def refusal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
+                backward: bool = False) -> str:
         """Why the Hopper kernel does not take such a call, so that the portable one runs it (or,
-        with backend="hopper", an error is raised); "" where it does."""
+        with backend="hopper", an error is raised); "" where it does. backward=True: why the
+        portable kernels compute its gradients."""
         check_ranks(q, k, v, self.layout)
         if self.backend == "torch":
             return "backend='torch'"
         if self.layout == "blhd":
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         forward: Any = self._forward
+        if backward:
+            from maskdsl.codegen.hopper_backward import refuse_call
+
+            return refuse_call(forward, q, k, v)
         refused: str = forward.refuse_hopper(q, k, v)
         return refused
-
-    def gradient_refusal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
-        """Why the Hopper backward does not compute the gradients of such a call, so that the
-        portable kernels do (the torch backend: PyTorch); "" where it does."""
-        check_ranks(q, k, v, self.layout)
-        if self.backend == "torch":
-            return "backend='torch'"
-        from maskdsl.codegen.hopper_backward import refuse_call
-
-        if self.layout == "blhd":
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        forward: Any = self._forward
-        return refuse_call(forward, q, k, v)
 
     def __repr__(self) -> str:
         return f"<maskdsl attention {self.mask!r}, backend={self.backend!r}>"
@@ -246,9 +228,7 @@ class Attention:
             raise
         if call is None:
             if wants and not self.backward:
-                refused = self._refuse_gradients()
-                raise gradient_error(refused or "the backward pass of the GPU kernels has not yet "
-                                     "run on a GPU, so it must be asked for", not refused)
+                raise gradient_error()
             call = self._prepare(q, k, v, scale, q_offset, total_len, return_lse, slots, wants)
             if len(self._ready) >= READY_LIMIT:
                 self._ready.clear()
@@ -283,14 +263,31 @@ class Attention:
                 return self._call_eager(q, k, v, scale, q_offset, total_len, return_lse, slots)
         tensors, parts = ops.take_apart(slots)
         check_ranks(q, k, v, self.layout)
+        keeps = self.backend != "torch" and wants_gradients(
+            q, k, v, *(slots.get(name) for name in self._score_names))  # they read the lse
         out, lse = ops.attention(q, k, v, tensors, self._key, parts, scale, q_offset, total_len,
-                                 return_lse)
+                                 return_lse or keeps)
         return (out, lse) if return_lse else out
 
     def _prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
                  q_offset: int | None, total_len: int | None, return_lse: bool,
                  slots: dict[str, object], wants_grad: bool = False) -> Any:
         """Check a call of a new kind, and decide all that calls of its kind share."""
+        (q, k, v), shape, number, data = self._check(q, k, v, scale, q_offset, total_len, slots)
+        if wants_grad:
+            from maskdsl.codegen.gradients import prepare_gradients
+
+            forward: Any = self._forward
+            return prepare_gradients(forward, q, k, v, shape, number, self.layout, return_lse,
+                                     self.backward == "atomic")
+        if self._autotuned is not None:
+            return self._autotuned.prepare(q, k, v, shape, number, self.layout, return_lse, data)
+        return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)
+
+    def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
+               q_offset: int | None, total_len: int | None, slots: dict[str, object]) -> tuple[
+                   tuple[torch.Tensor, torch.Tensor, torch.Tensor], Shape, float, dict[str, Any]]:
+        """q, k, v as [B, H, L, D], shape, scale and slots' data of a call that is in order."""
         check_ranks(q, k, v, self.layout)
         if self.layout == "blhd":
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -303,15 +300,30 @@ class Attention:
         data = check_slots(self.slots, masks, size, shape, self._score_names)
         check_score_data(self.scores, slots, q.shape[0], q.shape[1], shape, q.device)
         number = check_scale(self.scale if scale is None else scale, q.shape[3])
-        if wants_grad:
-            from maskdsl.codegen.gradients import prepare_gradients
+        return (q, k, v), shape, number, data
 
-            forward: Any = self._forward
-            return prepare_gradients(forward, q, k, v, shape, number, self.layout, return_lse,
-                                     adds=self.backward == "atomic")
-        if self._autotuned is not None:
-            return self._autotuned.prepare(q, k, v, shape, number, self.layout, return_lse, data)
-        return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)
+    def kernel_gradients(self, tensors: tuple[torch.Tensor, ...], grad_out: torch.Tensor,
+                         grad_lse: torch.Tensor | None, numbers: tuple[Any, Any, Any],
+                         slots: dict[str, object],
+                         wanted: set[str]) -> dict[str, torch.Tensor]:
+        """Gradients by the kernels, by name: those `wanted` among q, k, v and the data of score
+        modifiers.
+
+        tensors  q, k, v, output in the call's layout, and the lse; numbers: scale, q_offset,
+                 total_len as in the call
+        """
+        from maskdsl.codegen.gradients import prepare_backward
+
+        q, k, v = tensors[:3]
+        views, shape, number, _ = self._check(q, k, v, *numbers, slots)
+        forward: Any = self._forward
+        call = prepare_backward(forward, *views, shape, number, self.layout,
+                                self.backward == "atomic")
+        names = frozenset(wanted - set("qkv"))
+        found = call.gradients(tensors, grad_out, grad_lse, ("q" in wanted, bool(wanted & {"k",
+                               "v"})), self._data_of(slots), names)
+        return {name: t for name, t in zip(("q", "k", "v", *self._score_names), found, strict=True)
+                if t is not None}
 
     @property
     def tuned(self) -> tuple[Tuned, ...]:
@@ -343,9 +355,9 @@ class Attention:
         if self.backend == "torch":
             return emit_source(self.plan)
         if self.backend == "hopper":
-            from maskdsl.codegen.emit_hopper import emit_hopper
+            from maskdsl.codegen.hopper import emit_file
 
-            return emit_hopper(self.plan)
+            return emit_file(self.plan)
         forward: Any = self._forward
         heads = tuple(len(heads) for heads, _ in forward.kinds if heads)
         return emit_kernels(forward.default_plans(HEAD_DIM), heads)

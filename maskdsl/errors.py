@@ -104,8 +104,8 @@ class ScoreDataError(MaskDSLError, ValueError):
 
 
 class GradientError(MaskDSLError, RuntimeError):
-    """An input requires a gradient, and the kernels of this call have no backward pass or were not
-    asked for it; or a second derivative was asked for."""
+    """An input requires a gradient, and the kernels were not asked for one; or a second derivative
+    was asked for."""
 
 
 class BackendError(MaskDSLError, RuntimeError):

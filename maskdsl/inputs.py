@@ -133,12 +133,19 @@ def wants_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: ob
         or any(isinstance(t, torch.Tensor) and t.requires_grad for t in more))
 
 
-def gradient_error(wrong: str, opt_in: bool) -> GradientError:
-    """The error of a call that wants gradients from kernels without a backward pass.
+def gradient_error() -> GradientError:
+    """The error of a call that wants gradients from kernels that were not asked for them."""
+    return GradientError("inputs with requires_grad=True and a backend for GPUs",
+                         "the backward pass of the GPU kernels has not yet run on a GPU, so it "
+                         "must be asked for", "torch.no_grad() around the call, tensor.detach(), "
+                         "compile(..., backward=True), or compile(..., backend='torch'), which is "
+                         "differentiable")
 
-    opt_in  compile(..., backward=True) would give them
-    """
-    return GradientError("inputs with requires_grad=True and backend='triton'", wrong,
-                         "torch.no_grad() around the call, tensor.detach(), "
-                         f"{'compile(..., backward=True), ' if opt_in else ''}or "
-                         "compile(..., backend='torch'), which is differentiable")
+
+def second_gradient_error() -> GradientError:
+    """The error of a derivative of what the kernels, or the operator of a graph, derived."""
+    return GradientError("a gradient of a gradient (create_graph=True) through backward=True or "
+                         "torch.compile", "the kernels compute first derivatives only, and so does "
+                         "the operator that a graph holds",
+                         "compile(..., backend='torch') outside torch.compile, which can be "
+                         "differentiated twice")

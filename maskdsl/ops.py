@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from maskdsl import scores as score_classes
-from maskdsl.errors import GradientError, MissingSlotError, SerializationError
+from maskdsl.errors import MissingSlotError, SerializationError
 from maskdsl.expr import Mask, from_json
 from maskdsl.indices import (
     BlockIndices,
@@ -28,6 +28,7 @@ from maskdsl.indices import (
     TokenIndices,
     VSIndices,
 )
+from maskdsl.inputs import gradient_error, second_gradient_error
 from maskdsl.scores import ScoreMod
 
 Tensor = torch.Tensor
@@ -166,56 +167,91 @@ def _(q: Tensor, k: Tensor, v: Tensor, data: list[Tensor], key: str, parts: str,
     return out, q.new_empty((b, h, n), dtype=wide)
 
 
+WITH_RESULT = "Tensor?[] results, int[] wanted, "
+
+
 @torch.library.custom_op("maskdsl::attention_backward", mutates_args=(),
-                         schema=f"(Tensor grad_out, Tensor? grad_lse, {SCHEMA[1:]} -> Tensor[]")
-def attention_backward(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
-                       data: list[Tensor], key: str, parts: str, scale: float | None,
+                         schema=f"({WITH_RESULT}{SCHEMA[1:]} -> Tensor[]")
+def attention_backward(results: list[Tensor | None], wanted: list[int], q: Tensor, k: Tensor,
+                       v: Tensor, data: list[Tensor], key: str, parts: str, scale: float | None,
                        q_offset: int | None, total_len: int | None,
                        with_lse: bool) -> list[Tensor]:
-    """Gradients of q, k, v and every floating tensor of the data, by running forward again.
+    """Gradients of the tensors that `wanted` counts among q, k, v and the data.
 
-    With `torch.func.vjp`: autograd itself is off inside an operator.
+    results  the gradients of output and lse (or None), and for the kernels output and lse
+
+    By the gradients' kernels, from out and lse; on the torch backend by running forward again, with
+    `torch.func.vjp`, since autograd itself is off inside an operator.
     """
-    tensors = [q, k, v, *data]
-    places = [i for i, t in enumerate(tensors) if t.is_floating_point()]
-    call = find(key).prepare_call(q, k, v, scale, q_offset, total_len, with_lse,
-                                  put_together(data, parts))
+    tensors, found = [q, k, v, *data], find(key)
+    grad_out, grad_lse, out, lse = results
+    assert grad_out is not None
+    if found.backend != "torch":
+        assert out is not None and lse is not None
+        names = slot_names(parts)
+        made = found.kernel_gradients(
+            (q, k, v, out, lse), grad_out, grad_lse, (scale, q_offset, total_len),
+            put_together(data, parts), {names[i - 3] if i > 2 else "qkv"[i] for i in wanted})
+        return [made[names[i - 3] if i > 2 else "qkv"[i]].contiguous() for i in wanted]
+    call = found.prepare_call(q, k, v, scale, q_offset, total_len, with_lse,
+                              put_together(data, parts))
 
     def forward(*floats: Tensor) -> Any:
         filled = list(tensors)
-        for i, t in zip(places, floats, strict=True):
+        for i, t in zip(wanted, floats, strict=True):
             filled[i] = t
         return call(*filled[:3], put_together(filled[3:], parts))
 
-    vjp = torch.func.vjp(forward, *(tensors[i] for i in places))[1]
+    vjp = torch.func.vjp(forward, *(tensors[i] for i in wanted))[1]
     return [g.contiguous() for g in vjp((grad_out, grad_lse) if with_lse else grad_out)]
 
 
+def slot_names(parts: str) -> list[str]:
+    """The name each tensor of the data came by."""
+    names: list[str] = []
+    for entry in filter(None, parts.split(";")):
+        name, _, held, *_ = entry.split(" ")
+        names += [name] * held.count("1")
+    return names
+
+
 @attention_backward.register_fake
-def _(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+def _(results: list[Tensor | None], wanted: list[int], q: Tensor, k: Tensor, v: Tensor,
       data: list[Tensor], key: str, parts: str, scale: float | None, q_offset: int | None,
       total_len: int | None, with_lse: bool) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in (q, k, v, *data) if t.is_floating_point()]
+    tensors = [q, k, v, *data]
+    return [tensors[i].new_empty(tensors[i].shape) for i in wanted]
+
+
+def _refuse_second(ctx: Any, *grads: Any) -> Any:
+    raise second_gradient_error()
+
+
+attention_backward.register_autograd(_refuse_second)
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, data, key, *rest = inputs
-    backend = find(key).backend
-    if backend != "torch":
-        raise GradientError(f"a compiled call with requires_grad=True and backend={backend!r}",
-                            "the gradients' kernels are not part of the operator yet",
-                            "torch.no_grad() around the call, compile(..., backward=True) outside "
-                            "torch.compile, or compile(..., backend='torch'), which is "
-                            "differentiable")
-    ctx.save_for_backward(q, k, v, *data)
-    ctx.rest = (key, *rest)
+    attention = find(key)
+    kernels = attention.backend != "torch"
+    if kernels and not attention.backward:
+        raise gradient_error()
+    tensors = (q, k, v, *data)
+    ctx.wanted = [i for i, t in enumerate(tensors) if t.requires_grad]
+    ctx.save_for_backward(*tensors, *(output if kernels else ()))
+    ctx.results, ctx.rest = 2 if kernels else 0, (key, *rest)
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, *data = ctx.saved_tensors
-    found = iter(torch.ops.maskdsl.attention_backward(
-        grad_out, grad_lse if ctx.rest[-1] else None, q, k, v, data, *ctx.rest))
-    grads = [next(found) if t.is_floating_point() else None for t in (q, k, v, *data)]
+    saved = ctx.saved_tensors
+    tensors, results = saved[:len(saved) - ctx.results], saved[len(saved) - ctx.results:]
+    q, k, v, *data = tensors
+    found = torch.ops.maskdsl.attention_backward(
+        [grad_out, grad_lse if ctx.rest[-1] else None, *(results or (None, None))], ctx.wanted,
+        q, k, v, data, *ctx.rest)
+    grads: list[Tensor | None] = [None] * len(tensors)
+    for i, gradient in zip(ctx.wanted, found, strict=True):
+        grads[i] = gradient
     return (*grads[:3], grads[3:], *(None for _ in ctx.rest))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from maskdsl.atoms import Causal
+from maskdsl.codegen.backward import (
+    GradientKernels,
+    TritonBackward,
+    backward_constants,
+    row_constants,
+    score_config,
+)
 from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit import emit_kernels, emit_lister, merge_lists
+from maskdsl.codegen.emit_backward import key_parameters, query_parameters
+from maskdsl.codegen.emit_rows import row_parameters
 from maskdsl.codegen.emit_scores import score_parameters
-from maskdsl.codegen.gradients import TritonBackward, backward_constants, row_constants
 from maskdsl.codegen.kernel import kernel_constants
 from maskdsl.codegen.lists import group_heads, parameters
 from maskdsl.codegen.plan import Plan
@@ -76,23 +85,45 @@ def compile_for(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_
 
 
 def compile_backward(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, *,
-                     configs: tuple[Config, Config] | None = None) -> dict[str, Compiled]:
-    """Compile the gradients' kernels of a causal mask for one chip, in their default configs."""
-    backward = TritonBackward(simplify(Causal() & mask), None)
+                     causal: bool = True, configs: tuple[Config, Config] | None = None,
+                     scores: tuple[ScoreMod, ...] = ()) -> dict[str, Compiled]:
+    """Compile the gradients' kernels of a mask for one chip, in their default configs."""
+    backward = TritonBackward(simplify(Causal() & mask if causal else mask), None, scores)
     by_query, by_key = configs or backward.configs(chip, head_dim, value_dim, dtype.itemsize)
-    module = backward.module(by_query, by_key)
+    kernels = backward.kernels(by_query, by_key)
     found = {}
-    for name, config in (("sum_rows", Config(32, 32, 4, 1)), ("query_gradients", by_query),
-                         ("key_gradients", by_key)):
+    names = ["sum_rows", "query_gradients", "key_gradients", "column_gradients",
+             *(f"{what}_gradients{i}" for i in range(len(scores)) for what in ("bias", "table"))]
+    for name in names:
+        if not hasattr(kernels.module, name):
+            continue
+        config = {"sum_rows": Config(32, 32, 4, 1), "query_gradients": by_query}.get(name, by_key)
+        if name[-1].isdigit():
+            config = score_config(by_key)
         constants = row_constants(value_dim, 16, True) if name == "sum_rows" else \
             backward_constants(config, dtype, head_dim, value_dim, 16)
-        kernel_of = getattr(module, name)
-        source = ASTSource(kernel_of, *signature_of(kernel_of, dtype, constants, set()))
-        kernel = triton.compile(source, target=TARGETS[chip],
-                                options={"num_warps": config.warps, "num_stages": config.stages})
-        text = kernel.asm["ptx"]
-        found[name] = Compiled(kernel.metadata.shared, count_spills(chip, text), text)
+        found[name] = compile_kernel(chip, getattr(kernels.module, name), dtype, constants, config,
+                                     kernels, bool(kernels.heads))
+    for i, lister in enumerate(kernels.listers):
+        if lister is not None:
+            constants = {"BLOCK_M": by_key.block_m, "BLOCK_N": by_key.block_n, "CHUNK": 256}
+            found[f"list_rows{i}"] = compile_kernel(chip, lister, dtype, constants,
+                                                    Config(16, 16, 4, 3), kernels, False)
     return found
+
+
+def compile_kernel(chip: str, kernel_of: Any, dtype: torch.dtype, constants: dict[str, Any],
+                   config: Config, kernels: GradientKernels, serial: bool) -> Compiled:
+    """Compile one of the gradients' kernels."""
+    plans = tuple(one.plan for one in kernels.by_key)
+    found = [*query_parameters(kernels.query.plans, kernels.heads),
+             *key_parameters(plans, kernels.heads), *row_parameters(merge_lists(plans))]
+    pointers = {p.name for p in found if p.is_pointer} | {"head_order", "head_kinds"}
+    source = ASTSource(kernel_of, *signature_of(kernel_of, dtype, constants, pointers))
+    kernel = triton.compile(source, target=TARGETS[chip],
+                            options={"num_warps": config.warps, "num_stages": config.stages})
+    text = kernel.asm["ptx"]
+    return Compiled(kernel.metadata.shared, count_spills(chip, text, serial), text)
 
 
 def pointers_of(plans: list[Plan]) -> set[str]:
@@ -121,7 +152,8 @@ def signature_of(forward: Any, dtype: torch.dtype, constants: dict[str, Any],
              "out_ptr": f"*{name}", "lse_ptr": "*fp32", "scale": "fp32",
              "scale_log2": "fp32", "delta_ptr": "*fp32", "lse_grad_ptr": "*fp32"}
     types |= {f"{which}_ptr": f"*{name}" for which in ("grad", "dq", "dk", "dv")}
-    types |= {p: "*fp32" if p.startswith("score") else "*i32" for p in pointers}
+    types |= {p: "*fp32" if p.startswith(("score", "column_d")) else "*i32" for p in pointers}
+    types["data_grad_ptr"] = "*fp32"
     types |= {"union_key_rows": f"*{name}", "union_value_rows": f"*{name}"}
     if constants.get("USE_TMA"):
         for arg, block in (("k_base", "QK_BLOCK"), ("v_base", "V_BLOCK")):
@@ -160,13 +192,38 @@ def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int
                    *, causal: bool = True) -> tuple[Compiled, list[list[str]]]:
     """Compile the Hopper kernel of a mask for `group` query heads a key/value head; also the
     machine instructions of its loops (`loops_of`)."""
-    from maskdsl.codegen.hopper import HopperForward, blocks_of, constants_of, pick_hopper
+    from maskdsl.codegen.hopper import HopperForward, constants_of, pick_hopper
 
     whole = simplify(Causal() & mask if causal else mask)
     config = pick_hopper(whole, group, head_dim)
     _, forward = HopperForward(whole).kernel(config)
-    return compile_gluon(forward, dtype, blocks_of(config, head_dim, value_dim),
+    return compile_gluon(forward, dtype, hopper_boxes(config, head_dim, value_dim),
                          constants_of(config, with_lse=True))
+
+
+def compile_listed(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, packed: int,
+                   *, causal: bool = True) -> tuple[Compiled, list[list[str]]]:
+    """Compile the Hopper kernel of a mask with call-time data, `packed` query heads an item."""
+    from maskdsl.codegen.emit_hopper_lists import kernel_parameters
+    from maskdsl.codegen.hopper import HopperForward, constants_of
+    from maskdsl.codegen.hopper_lists import pick_listed
+
+    whole = simplify(Causal() & mask if causal else mask)
+    config = pick_listed(whole, packed, packed, head_dim)
+    plan, forward = HopperForward(whole).kernel(config)
+    pointers = {p.name for p in kernel_parameters(plan) if p.is_pointer}
+    return compile_gluon(forward, dtype, hopper_boxes(config, head_dim, value_dim),
+                         constants_of(config, with_lse=True), pointers)
+
+
+def hopper_boxes(config: Any, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
+    """The boxes of the forward kernel's descriptors, by name."""
+    from maskdsl.codegen.hopper import blocks_of
+
+    q, k, v, k_grain, v_grain, out = blocks_of(config, head_dim, value_dim)
+    return {"q_desc": q, "k_desc": k, "v_desc": v, "k_grain_desc": k_grain,
+            "v_grain_desc": v_grain, "k_column_desc": k_grain, "v_column_desc": v_grain,
+            "out_desc": out}
 
 
 def compile_hopper_backward(mask: Mask, dtype: torch.dtype, head_dim: int, share: int,
@@ -178,37 +235,39 @@ def compile_hopper_backward(mask: Mask, dtype: torch.dtype, head_dim: int, share
 
     whole = simplify(Causal() & mask if causal else mask)
     side = KeySide(whole, share, adds) if by_key else QuerySide(whole, share)
-    return compile_gluon(kernel_of(side), dtype, blocks_of(side, head_dim),
-                         constants_of(side, head_dim))
+    kernel = kernel_of(side)
+    boxes = dict(zip((name for name in kernel.arg_names if name.endswith("desc")),
+                     blocks_of(side, head_dim), strict=True))
+    return compile_gluon(kernel, dtype, boxes, constants_of(side, head_dim))
 
 
-def compile_gluon(kernel: Any, dtype: torch.dtype, boxes: list[tuple[int, ...]],
-                  constants: dict[str, Any]) -> tuple[Compiled, list[list[str]]]:
-    """Compile a Gluon kernel for sm_90; `boxes` are those of its descriptors, in order."""
+def compile_gluon(forward: Any, dtype: torch.dtype, blocks: dict[str, tuple[int, ...]],
+                  constants: dict[str, Any],
+                  pointers: AbstractSet[str] = frozenset()) -> tuple[Compiled, list[list[str]]]:
+    """Compile one Gluon kernel as the launcher would specialise it; blocks: the boxes of its
+    descriptors."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
     element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    blocks = dict(zip((name for name in kernel.arg_names if name.endswith("desc")), boxes,
-                      strict=True))
     signature, places, attributes = {}, {}, {}
-    for i, arg in enumerate(kernel.arg_names):
+    for i, arg in enumerate(forward.arg_names):
         if arg in blocks:
             layout = gl.NVMMASharedLayout.get_default_for(list(blocks[arg]), element)
             signature[arg] = f"tensordesc<{NAMES[dtype]}{list(blocks[arg])},{layout!r}>"
         elif arg in constants:
             signature[arg], places[(i,)] = "constexpr", constants[arg]
-        elif arg.endswith("_ptr") or arg == "queue":
-            signature[arg] = "*i32" if arg == "queue" else "*fp32"
+        elif arg.endswith("_ptr") or arg == "queue" or arg in pointers:
+            signature[arg] = "*fp32" if arg.endswith("_ptr") else "*i32"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[arg] = "fp32" if arg.startswith("scale") else "i32"
     options = {name: constants[name] for name in ("num_warps", "maxnreg")}
-    made = triton.compile(GluonASTSource(kernel, signature, places, attributes),
-                          target=TARGETS["sm_90"], options=options)
-    text = made.asm["ptx"]
-    return (Compiled(made.metadata.shared, count_spills("sm_90", text), text),
-            loops_of(made.asm["cubin"]))
+    kernel = triton.compile(GluonASTSource(forward, signature, places, attributes),
+                            target=TARGETS["sm_90"], options=options)
+    text = kernel.asm["ptx"]
+    return (Compiled(kernel.metadata.shared, count_spills("sm_90", text), text),
+            loops_of(kernel.asm["cubin"]))
 
 
 def loops_of(cubin: bytes) -> list[list[str]]:

@@ -9,6 +9,7 @@ import torch
 
 import maskdsl
 from maskdsl import Causal, Mask, Shape, dense, dense_attention
+from maskdsl.scores import ScoreMod
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Case:
     scale: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
     slots: dict[str, Any] = field(default_factory=dict)
+    scores: tuple[ScoreMod, ...] = ()
+    data: dict[str, torch.Tensor] = field(default_factory=dict)  # of the score modifiers
 
     @property
     def shape(self) -> Shape:
@@ -52,12 +55,12 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> tuple[torch.Tensor, .
             draw(case.kv_heads, case.kv_len, case.value_dim or case.dim))
 
 
-def run(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[
-        torch.Tensor, torch.Tensor]:
-    """Output and lse of the compiled mask."""
-    attn = maskdsl.compile(case.mask, causal=case.causal, **case.options)
+def run(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        **data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and lse of the compiled mask; data: of the score modifiers, for the case's own."""
+    attn = maskdsl.compile(case.mask, causal=case.causal, scores=case.scores, **case.options)
     return attn(q, k, v, scale=case.scale, q_offset=case.q_offset, total_len=case.total_len,
-                return_lse=True, **case.slots)
+                return_lse=True, **case.slots, **(data or case.data))
 
 
 def check_case(case: Case, device: str = "cpu") -> None:

@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
+from dynamic_strategies import BATCH, HEADS, KV_HEADS, dynamic_masks, per_head_masks, slot_data
 from gradient_oracle import check_gradients
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import Case, make_inputs
+from score_oracle import make_data, some_mods
 from strategies import masks, shapes
 
 import maskdsl
 from maskdsl import (
+    ALiBi,
+    Bias,
     BlockDiagonal,
+    BlockIndices,
+    Blocks,
     Causal,
     Chunk,
+    Columns,
+    Document,
+    Documents,
     Empty,
     FirstQ,
     Full,
     LastQ,
     Mask,
+    PerHead,
     PrefixLM,
     RandomBlocks,
+    RelativePosition,
     Shape,
     Sink,
+    SinkLogits,
+    Softcap,
     Stride,
+    TokenIndices,
+    TokenTopK,
+    VerticalSlash,
+    VSIndices,
     Where,
     Window,
 )
+from maskdsl.scores import ScoreMod
 
 pytestmark = pytest.mark.gpu
 
@@ -119,3 +139,102 @@ def test_a_long_triangle_agrees_with_itself_by_rows() -> None:
     attn(last, k, v).sum().backward()
     assert whole.grad is not None and last.grad is not None
     torch.testing.assert_close(whole.grad[:, :, -300:], last.grad, atol=2e-3, rtol=2e-2)
+
+
+# --- runtime slots, kinds of heads, score modifiers -----------------------------------------------
+
+
+def moved(data: Any) -> Any:
+    """Call-time data on the GPU."""
+    for name, value in vars(data).items():
+        if isinstance(value, torch.Tensor):
+            object.__setattr__(data, name, value.cuda())
+    return data
+
+
+def check_random(data: st.DataObject, mask: Mask, shape: Shape, **more: Any) -> None:
+    limit = min((x for m in mask.walk() if (x := m.limit()) is not None), default=1 << 60)
+    if max(shape.q_offset + shape.q_len, shape.kv_len) <= limit:
+        slots = {name: moved(value) for name, value in data.draw(slot_data(mask, shape)).items()}
+        check_gradients(Case(mask, shape.q_len, shape.kv_len, BATCH, HEADS, KV_HEADS, 32,
+                             causal=False, dtype=torch.float16, q_offset=shape.q_offset,
+                             total_len=shape.total_len, options={"backend": "triton", **OPTIONS},
+                             slots=slots, **more), "cuda")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), dynamic_masks(), shapes(max_len=200))
+def test_random_slots(data: st.DataObject, mask: Mask, shape: Shape) -> None:
+    check_random(data, mask, shape)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data(), st.one_of(per_head_masks(), dynamic_masks(3)), shapes(max_len=150), some_mods(),
+       st.sampled_from([(1, 1), (BATCH, HEADS), (1, HEADS)]))
+def test_random_scores_and_heads(data: st.DataObject, mask: Mask, shape: Shape, mods: Any,
+                                 lead: tuple[int, int]) -> None:
+    check_random(data, mask, shape, scores=mods, data=make_data(mods, shape, 0, lead))
+
+
+def numbers(*size: int, most: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(len(size) + most)
+    return torch.randint(0, most, size, generator=generator).to("cuda", torch.int32)
+
+
+N = 1500
+DYNAMIC: list[tuple[Mask, Any]] = [
+    (VerticalSlash("vs") | TRIANGLE, lambda: {"vs": VSIndices(numbers(1, 4, 40, most=N),
+                                                              numbers(1, 4, 30, most=N))}),
+    (Blocks("b", 128, 128) | Window(64), lambda: {"b": BlockIndices.from_topk(
+        numbers(1, 2, 12, 3, most=12), 128, 128)}),
+    (Columns("c") | Window(128), lambda: {"c": numbers(1, 4, 50, most=N)}),
+    (TokenTopK("t"), lambda: {"t": TokenIndices(numbers(1, 2, N, 32, most=N))}),
+    (Document("doc"), lambda: {"doc": Documents.from_ids(torch.arange(N, device="cuda") // 400)}),
+    (PerHead([Window(64), Causal(), VerticalSlash("vs"), TRIANGLE]), lambda: {"vs": VSIndices(
+        numbers(1, 4, 40, most=N), numbers(1, 4, 30, most=N))}),
+]
+
+
+@pytest.mark.parametrize(("mask", "made"), DYNAMIC, ids=lambda x: repr(x)[:30])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_slots(mask: Mask, made: Any, dtype: torch.dtype, dim: int) -> None:
+    check_gradients(Case(mask, N, N, 1, 4, 2, dim, dtype=dtype, options={
+        "backend": "triton", **OPTIONS}, slots=made()), "cuda")
+
+
+@pytest.mark.parametrize("mod", [Softcap(5.0), ALiBi(), Bias("bias"),
+                                 RelativePosition("table", 100), SinkLogits("sinks")], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_each_modifier(mod: ScoreMod, dtype: torch.dtype) -> None:
+    data = make_data((mod,), Shape(900, 900), 0, (1, 4))
+    check_gradients(Case(TRIANGLE, 900, 900, 1, 4, 2, 64, dtype=dtype, scores=(mod,), data=data,
+                         options={"backend": "triton", **OPTIONS}), "cuda")
+
+
+def test_the_same_bits_with_lists_and_modifiers() -> None:
+    mods = (Bias("bias"), RelativePosition("table", 100), SinkLogits("sinks"))
+    leaves = [t.requires_grad_() for t in make_inputs(
+        Case(TRIANGLE, 1000, 1000, 1, 4, 2, 64, dtype=torch.bfloat16), "cuda")]
+    data = {name: t.cuda().requires_grad_() for name, t in
+            make_data(mods, Shape(1000, 1000), 0, (1, 1)).items()}
+    mask, made = DYNAMIC[0]
+    attn = maskdsl.compile(mask, backend="triton", scores=mods, **OPTIONS)
+    wanted = [*leaves, *data.values()]
+    first, second = (torch.autograd.grad(attn(*leaves, **data, **made()).square().sum(), wanted)
+                     for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_in_a_graph() -> None:
+    mask, made = DYNAMIC[0]
+    attn = maskdsl.compile(mask, backend="triton", **OPTIONS)
+    lists = made()
+    leaves = [t.requires_grad_() for t in make_inputs(
+        Case(TRIANGLE, N, N, 1, 4, 2, 64, dtype=torch.bfloat16), "cuda")]
+    run = torch.compile(lambda q, k, v: attn(q * 2, k, v, vs=lists).float().square().sum(),
+                        fullgraph=True)
+    found = torch.autograd.grad(run(*leaves), leaves)
+    out = attn(leaves[0] * 2, *leaves[1:], vs=lists).float().square().sum()
+    for a, b in zip(found, torch.autograd.grad(out, leaves), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)

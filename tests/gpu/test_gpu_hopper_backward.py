@@ -52,7 +52,7 @@ def case_of(mask: Mask, q_len: int, kv_len: int, *sizes: int, **more: Any) -> Ca
 def compiled(mask: Mask, *tensors: torch.Tensor) -> Any:
     """The mask compiled; fails where the Hopper backward would not compute the gradients."""
     attn = maskdsl.compile(mask, **OPTIONS)  # type: ignore[arg-type]
-    assert attn.gradient_refusal(*tensors) == ""
+    assert attn.refusal(*tensors, backward=True) == ""
     return attn
 
 
@@ -105,7 +105,7 @@ def test_strides_and_layout() -> None:
     k, v = rows.view(2, 500, 8, 64)[:, :, 4:6], rows.view(2, 500, 8, 64)[:, :, 6:]
     attn = maskdsl.compile(Window(100), layout="blhd", **OPTIONS)  # type: ignore[arg-type]
     plain = maskdsl.compile(Window(100), layout="blhd", backend="triton", backward=True)
-    assert attn.gradient_refusal(q, k, v) == ""
+    assert attn.refusal(q, k, v, backward=True) == ""
     found = []
     for one in (attn, plain):
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]

@@ -124,6 +124,26 @@ for mask, dtype, dim, share in [
 print(json.dumps(rows))
 """
 
+HOPPER_LISTS = """
+import json, sys, torch
+from ahead import SHARED_LIMIT, compile_listed
+from maskdsl import Blocks, Columns, LastQ, Sink, TokenTopK, VerticalSlash, Window
+vs, bf16, fp16, rows = VerticalSlash("vs"), torch.bfloat16, torch.float16, []
+for mask, dtype, dim, value_dim, packed in [
+    (vs, bf16, 128, 128, 1), (vs | Columns("c"), fp16, 64, 64, 4),
+] if sys.argv[1] == "few" else [
+    (Sink(8) | Window(512) | LastQ(128) | vs, bf16, 128, 128, 1), (vs, bf16, 64, 64, 2),
+    (vs | Columns("c"), bf16, 128, 128, 1), (vs, bf16, 128, 128, 4),
+    (Blocks("b", 128, 128) | Sink(4), bf16, 128, 128, 4), (Blocks("b") | vs, bf16, 96, 64, 1),
+    (TokenTopK("t") - Window(64), fp16, 128, 128, 1),
+]:
+    c, loops = compile_listed(mask, dtype, dim, value_dim, packed)
+    rows.append({"what": f"{mask!r} {dtype} {dim}/{value_dim} {packed}", "shared": c.shared,
+                 "spills": c.spills, "limit": SHARED_LIMIT["sm_90"], "loops": loops})
+print(json.dumps(rows))
+"""
+
+
 SCORES = """
 import json, sys, torch
 from ahead import SHARED_LIMIT, compile_for
@@ -143,12 +163,12 @@ print(json.dumps(rows))
 """
 
 
-def run_program(program: str, chip: str) -> list[dict[str, Any]]:
+def run_program(program: str, *arguments: str) -> list[dict[str, Any]]:
     """The rows a program prints, run where kernels are compiled, not interpreted."""
     tests = Path(__file__).parents[1]
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", program, chip], text=True,
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", program, *arguments], text=True,
                          capture_output=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     rows: list[dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
@@ -253,3 +273,18 @@ def test_hopper_backward_overlaps_products_and_exponentials() -> None:
 def one_run(loop: list[str]) -> str:
     """A loop's skeleton (`short`), its runs of exponentials as one letter."""
     return re.sub("[eE]+", "e", short(loop))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["few", pytest.param("more", marks=pytest.mark.exhaustive)])
+def test_hopper_kernels_of_lists_overlap_too(which: str) -> None:
+    """All loops over tiles, those of one warp group's own included. The loading warps spill what
+    they read of an item; a computing loop may fetch a few constants, and no more."""
+    for row in run_program(HOPPER_LISTS, which):
+        assert row["shared"] <= row["limit"], row["what"]
+        inner = [loop for loop in row["loops"] if len(loop) < 2000]  # others are loops over items
+        assert len(inner) >= 4, row["what"]  # two a computing warp group
+        for loop in inner:
+            assert re.fullmatch(r"[eE]*QWe?Ee?W", short(loop)), (row["what"], short(loop))
+            moved = sum(op.startswith(("LDL", "STL")) for op in loop)
+            assert moved <= 32, (row["what"], moved)

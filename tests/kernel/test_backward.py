@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Case, make_inputs
 from strategies import masks, shapes
-from test_ahead import run_program
 
 import maskdsl
 from maskdsl import (
@@ -24,17 +23,14 @@ from maskdsl import (
     Full,
     LastQ,
     Mask,
-    PerHead,
     PrefixLM,
     QueryRange,
     RandomBlocks,
     Shape,
     Sink,
-    Softcap,
+    SinkLogits,
     Stride,
     Vertical,
-    VerticalSlash,
-    VSIndices,
     Where,
     Window,
 )
@@ -63,7 +59,7 @@ def test_mask(mask: Mask, causal: bool, dtype: torch.dtype) -> None:
     check_gradients(replace(case, q_len=20, kv_len=40), with_lse=False)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8)
 @given(masks(), shapes(max_len=60), st.sampled_from([torch.float16, torch.float32]),
        st.booleans(), st.sampled_from([(2, 1), (2, 2)]),
        st.sampled_from([(16, 16), (32, 16), (16, 32)]))
@@ -191,20 +187,10 @@ def test_it_must_be_asked_for() -> None:
     q, k, v = make_inputs(Case(TRIANGLE, 20, 20, 1, 2, 1, 16), "cpu")
     with pytest.raises(GradientError, match=r"(?s)not yet run on a GPU.*backward=True"):
         maskdsl.compile(TRIANGLE, backend="triton")(q.requires_grad_(), k, v)
-
-
-@pytest.mark.parametrize(("mask", "scores", "told"), [
-    (VerticalSlash("vs"), (), "runtime slots"), (PerHead([Full(), Window(9)]), (), "PerHead"),
-    (Window(9), (Softcap(5.0),), "score modifiers")])
-def test_what_has_no_backward_is_told(mask: Mask, scores: tuple[Softcap, ...], told: str) -> None:
-    with pytest.raises(GradientError, match=told):
-        maskdsl.compile(mask, backend="triton", scores=scores, backward=True)
-    q, k, v = make_inputs(Case(mask, 20, 20, 1, 2, 1, 16), "cpu")
-    lists = VSIndices(torch.zeros(1, 1, 2, dtype=torch.int32),
-                      torch.zeros(1, 1, 2, dtype=torch.int32))
-    slots = {"vs": lists} if told == "runtime slots" else {}
-    with pytest.raises(GradientError, match=told):
-        maskdsl.compile(mask, backend="triton", scores=scores)(q.requires_grad_(), k, v, **slots)
+    sinks = torch.zeros(2, requires_grad=True)
+    attn = maskdsl.compile(TRIANGLE, backend="triton", scores=SinkLogits("sinks"))
+    with pytest.raises(GradientError, match="backward=True"):
+        attn(q.detach(), k, v, sinks=sinks)
 
 
 def test_the_torch_backend_takes_the_option() -> None:
@@ -212,34 +198,3 @@ def test_the_torch_backend_takes_the_option() -> None:
     maskdsl.compile(TRIANGLE, backend="torch", backward=True)(q.requires_grad_(), k, v).sum() \
         .backward()
     assert q.grad is not None
-
-
-PROGRAM = """
-import json, sys, torch
-from ahead import SHARED_LIMIT, compile_backward
-from maskdsl import Chunk, Full, LastQ, PrefixLM, RandomBlocks, Sink, Stride, Window
-triangle = Sink(8) | Window(512) | LastQ(128)
-bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-chip, rows = sys.argv[1], []
-for mask, dtype, dim, value_dim in [
-    (triangle, bf16, 128, 128), (triangle, bf16, 64, 64), (Full(), fp16, 80, 80),
-    (triangle, bf16, 256, 256), (triangle, bf16, 192, 128), (triangle, fp32, 64, 64),
-    (Chunk(8192) | Stride(300), bf16, 128, 128), (RandomBlocks(64, 3) | Window(192), bf16, 64, 64),
-]:
-    for name, c in compile_backward(chip, mask, dtype, dim, value_dim).items():
-        rows.append({"what": f"{name} {mask!r} {dtype} {dim}/{value_dim}", "shared": c.shared,
-                     "spills": c.spills, "limit": SHARED_LIMIT[chip],
-                     "fits": dtype != fp32 and dim <= 128,
-                     "wgmma": "wgmma.mma_async" in c.text or name == "sum_rows"})
-print(json.dumps(rows))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
-def test_backward_kernels_compile_well(chip: str) -> None:
-    for row in run_program(PROGRAM, chip):
-        assert row["spills"] == 0, row
-        assert row["shared"] <= row["limit"], row
-        if chip == "sm_90" and row["fits"]:
-            assert row["wgmma"], row

@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 
 import maskdsl
 from maskdsl import (
+    Bias,
     BlockIndices,
     Blocks,
     Causal,
@@ -123,13 +124,19 @@ def test_data_goes_through_a_graph() -> None:
         assert torch.allclose(run(q, vertical, sinks), call(q, vertical, sinks))
 
 
-def test_gradients() -> None:
-    attn = maskdsl.compile(TRIANGLE, backend="torch", scores=SinkLogits("sinks"))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_gradients(backend: str, return_lse: bool) -> None:
+    """Through AOTAutograd, with data of slots and of score modifiers."""
+    attn = maskdsl.compile(TRIANGLE | VerticalSlash("vs"), backend=backend, backward=True,
+                           scores=[SinkLogits("sinks"), Bias("bias")])
     sinks = torch.randn(4, requires_grad=True)
+    bias = torch.randn(1, 1, 30, 30)  # wants no gradient
+    lists = VSIndices(torch.tensor([[[1, 5]]]), torch.tensor([[[0, 7, 20]]]))
 
-    def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out, lse = attn(q, k, v, sinks=sinks, return_lse=True)
-        return out.square().sum() + lse.sum()
+    def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        made = attn(q, k, v, sinks=sinks, bias=bias, vs=lists, return_lse=return_lse)
+        return made[0].square().sum() + made[1].sum() if return_lse else made.square().sum()
 
     run, _ = compiled(loss)
     results = []
@@ -143,12 +150,30 @@ def test_gradients() -> None:
 
 
 @pytest.mark.skipif(not interpreting(), reason="a GPU is here")
-@pytest.mark.parametrize("backward", [False, True])
-def test_the_operator_has_no_triton_backward_yet(backward: bool) -> None:
-    attn = maskdsl.compile(TRIANGLE, backend="triton", backward=backward)
-    run, _ = compiled(lambda q, k, v: attn(q, k, v))
-    with pytest.raises(Exception, match="not part of the operator yet"):
-        run(*inputs(20, grad=True)).sum()
+def test_gradients_of_kernels_are_asked_for_and_taken_once() -> None:
+    q, k, v = inputs(20, grad=True)
+    with pytest.raises(Exception, match="must be asked for"):
+        compiled(maskdsl.compile(TRIANGLE, backend="triton"))[0](q, k, v).sum()
+    attn = maskdsl.compile(TRIANGLE, backend="triton", backward=True, layout="blhd")
+    leaves = [t.detach().transpose(1, 2).requires_grad_() for t in (q, k, v)]
+    out, _ = maskdsl.ops.attention(*leaves, [], attn._key, "", None, None, None, True)
+    first, = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
+    assert torch.allclose(first, torch.autograd.grad(attn(*leaves).square().sum(), leaves[0])[0])
+    with pytest.raises(errors.GradientError, match="gradient of a gradient"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpointing_in_a_graph(backend: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    attn = maskdsl.compile(TRIANGLE, backend=backend, backward=True)
+    run, _ = compiled(lambda *t: checkpoint(attn, *t, use_reentrant=False).square().sum())
+    leaves, eager = inputs(30, grad=True), inputs(30, grad=True)
+    run(*leaves).backward()
+    attn(*eager).square().sum().backward()
+    for a, b in zip(leaves, eager, strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-5)
 
 
 def test_functions_have_a_key_of_this_process() -> None:

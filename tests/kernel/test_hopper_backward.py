@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import maskdsl
-from maskdsl import Causal, Chunk, Full, LastQ, PerHead, Shape, Sink, Stride, VerticalSlash, Window
+from maskdsl import Causal, Full, LastQ, PerHead, Shape, Sink, Stride, VerticalSlash, Window
 from maskdsl.codegen.hopper_backward import Launch, blocks_of, constants_of, plan_launch
 from maskdsl.codegen.hopper_backward_cut import (
     KeySide,
@@ -107,7 +107,7 @@ def test_what_it_refuses() -> None:
     assert not refuse_mask(TRIANGLE) and not refuse_mask(simplify(Full()))
     assert "kind of head" in refuse_mask(simplify(PerHead([Sink(4), Window(9)])))
     assert "comes with the call" in refuse_mask(simplify(VerticalSlash("vs")))
-    assert "dead tiles" in refuse_mask(simplify(Causal() & (Chunk(8192) | Stride(300))))
+    assert "dead tiles" in refuse_mask(simplify(Causal() & (Stride(256) | Window(128))))
     assert not refuse_dims(64, 64) and not refuse_dims(128, 128)
     assert refuse_dims(96, 96) and refuse_dims(128, 64)
 
@@ -117,11 +117,11 @@ def test_it_must_be_asked_for_by_name() -> None:
     """No call reaches it otherwise; and by name it says why it does not take a call."""
     q = torch.zeros(1, 2, 64, 64, dtype=torch.float16)
     attn = maskdsl.compile(Window(9), backend="triton", backward=True)
-    assert "backend='hopper'" in attn.gradient_refusal(q, q, q)
+    assert "backend='hopper'" in attn.refusal(q, q, q, backward=True)
     named = maskdsl.compile(Window(9), backend="hopper", backward=True)
-    assert named.gradient_refusal(q, q, q) == "cpu is no Hopper GPU"
+    assert named.refusal(q, q, q, backward=True) == "cpu is no Hopper GPU"
     plain = maskdsl.compile(Window(9), backend="torch")
-    assert plain.gradient_refusal(q, q, q) == "backend='torch'"
+    assert plain.refusal(q, q, q, backward=True) == "backend='torch'"
 
 
 @pytest.mark.parametrize(("backend", "backward"), [

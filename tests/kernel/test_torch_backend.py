@@ -12,6 +12,7 @@ from strategies import masks, shapes
 
 import maskdsl
 from maskdsl import (
+    Bias,
     Causal,
     Chunk,
     Full,
@@ -19,7 +20,11 @@ from maskdsl import (
     Mask,
     Shape,
     Sink,
+    SinkLogits,
+    Softcap,
     Stride,
+    VerticalSlash,
+    VSIndices,
     Where,
     Window,
     dense,
@@ -73,6 +78,28 @@ def test_gradients_are_those_of_dense_attention() -> None:
     (dense_attention(*copies, live)[0] * weight).sum().backward()
     for ours, theirs in zip(inputs, copies, strict=True):
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-10)
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_gradcheck(lists: bool) -> None:
+    """First and second derivatives, by finite differences, with data of modifiers and slots."""
+    mask: Mask = Sink(2) | Window(3) | LastQ(1)
+    slots: dict[str, Any] = {}
+    if lists:
+        mask = mask | VerticalSlash("vs")
+        slots["vs"] = VSIndices(torch.tensor([[[1, 3]]]), torch.tensor([[[4]]]))
+    attn = maskdsl.compile(mask, backend="torch", scores=[Softcap(2.0), Bias("bias"),
+                                                          SinkLogits("sinks")])
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(*size, generator=generator, dtype=torch.float64, requires_grad=True)
+              for size in ((1, 2, 5, 16), (1, 1, 7, 16), (1, 1, 7, 16), (1, 2, 5, 7), (2,))]
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor,
+             sinks: torch.Tensor) -> Any:
+        return attn(q, k, v, bias=bias, sinks=sinks, return_lse=True, **slots)
+
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
 def test_gradients_of_dead_rows_are_finite() -> None:

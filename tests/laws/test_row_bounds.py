@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import sympy
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import masks, shapes, tile_sizes
@@ -14,6 +16,8 @@ from strategies import masks, shapes, tile_sizes
 from maskdsl import (
     Causal,
     Chunk,
+    Document,
+    Documents,
     Full,
     LastQ,
     Mask,
@@ -26,10 +30,12 @@ from maskdsl import (
     dense,
     simplify,
 )
+from maskdsl.binding import bind_slots
 from maskdsl.codegen.bounds import bound_pieces
 from maskdsl.codegen.planner import make_plan
 from maskdsl.codegen.row_bounds import KeyPlan, first_row, make_key_plan
 from maskdsl.codegen.sieve import write_sieve
+from maskdsl.dynamic import slots_of
 from maskdsl.trace import P
 
 
@@ -37,17 +43,19 @@ def key_plan_of(mask: Mask, tile: tuple[int, int]) -> KeyPlan:
     return make_key_plan(make_plan(simplify(mask), *tile))
 
 
-def check_visits(made: KeyPlan, mask: Mask, shape: Shape, head: int) -> None:
-    live = dense(mask, shape, 1, head + 1)[0, -1].numpy()
+def check_visits(made: KeyPlan, mask: Mask, shape: Shape, head: int,
+                 slots: dict[str, Any] | None = None) -> None:
+    live = dense(mask, shape, 1, head + 1, slots=slots)[0, -1].numpy()
+    bound = bind_slots(mask, slots, shape) if slots else None
     block_m, block_n = made.plan.block_m, made.plan.block_n
-    visits = made.visit(shape, 0, head)
+    visits = made.visit(shape, 0, head, bound)
     assert not (visits.full & visits.masked).any()
     for i in range(-(-shape.q_len // block_m)):
         for j in range(-(-shape.kv_len // block_n)):
             tile = live[i * block_m:(i + 1) * block_m, j * block_n:(j + 1) * block_n]
             assert not tile.any() or visits.full[i, j] or visits.masked[i, j], (i, j)
             assert tile.all() or not visits.full[i, j], (i, j)
-    values = made.run_bounds(shape, 0, head)
+    values = made.run_bounds(shape, 0, head, bound)
     for which in (made.full, made.masked):  # no segment runs backwards, or over a tile twice
         covered = np.zeros((visits.full.shape[0], visits.full.shape[1]), dtype=np.int64)
         rows = np.arange(covered.shape[0])[:, None]
@@ -69,6 +77,34 @@ def test_live_tiles_are_visited_once_by_key_tile(mask: Mask, shape: Shape, tile:
     limit = min((x for m in mask.walk() if (x := m.limit()) is not None), default=1 << 60)
     if max(shape.q_offset + shape.q_len, shape.kv_len) <= limit:
         check_visits(key_plan_of(mask, tile), mask, shape, head)
+
+
+@settings(max_examples=80)
+@given(st.lists(st.tuples(st.integers(-1, 3), st.integers(1, 30)), min_size=1, max_size=8),
+       st.one_of(st.just(Full()), masks(3)), st.sampled_from(["&", "|", "-", "not"]),
+       tile_sizes(), st.integers(0, 40))
+@example([(0, 20), (-1, 3), (1, 20), (-1, 1)], Full(), "not", (16, 1), 0)
+def test_documents_turn_round(runs: list[tuple[int, int]], other: Mask, how: str,
+                              tile: tuple[int, int], offset: int) -> None:
+    """Rows that see a key are those of its document; padding, with none, sees nothing."""
+    ids = [0 if kind < 0 else n + 1 for n, (kind, size) in enumerate(runs) for _ in range(size)]
+    data = Documents.from_ids(torch.tensor([[i - 1 for i in ids]]))
+    doc = Document("doc")
+    mask = {"&": doc & other, "|": doc | other, "-": other - doc, "not": Full() - doc}[how]
+    shape = Shape(max(len(ids) - offset, 1), len(ids), min(offset, len(ids) - 1))
+    limit = min((x for m in mask.walk() if (x := m.limit()) is not None), default=1 << 60)
+    if len(ids) <= limit and slots_of(mask):
+        check_visits(key_plan_of(mask, tile), mask, shape, 0, {"doc": data})
+
+
+def test_documents_leave_their_tiles_full() -> None:
+    """Two documents of 64 tokens in tiles of 16: each has 6 below the diagonal and 4 on it."""
+    data = Documents.from_ids(torch.arange(128) // 64)
+    shape = Shape(128, 128)
+    mask = Causal() & Document("doc")
+    visits = key_plan_of(mask, (16, 16)).visit(
+        shape, 0, 0, bind_slots(mask, {"doc": data}, shape))
+    assert (int(visits.full.sum()), int(visits.masked.sum())) == (12, 8)
 
 
 @settings(max_examples=60)

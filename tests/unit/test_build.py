@@ -66,9 +66,9 @@ def test_many_processes_share_the_folder(cache: Path) -> None:
                f"    assert load_module({SOURCE!r} + '#' * i).answer() == 42\n")
     runs = [subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
             for _ in range(4)]
-    for run in runs:
-        assert run.communicate()[1] == ""
-        assert run.returncode == 0
+    told = [run.communicate()[1] for run in runs]  # all are waited for before anything can fail
+    assert told == [""] * len(runs)
+    assert all(run.returncode == 0 for run in runs)
     assert len(list(cache.glob("*.py"))) == 20
     assert not list(cache.glob("*.tmp"))
 

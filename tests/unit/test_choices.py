@@ -195,9 +195,9 @@ def test_processes_share_the_folder(folder: Path) -> None:
     runs = [subprocess.Popen([sys.executable, "-W", "error::UserWarning", "-c",
                               program.replace("{turn}", str(turn))],
                              stderr=subprocess.PIPE, text=True) for turn in range(2)]
-    for run in runs:
-        assert run.communicate()[1] == ""
-        assert run.returncode == 0
+    told = [run.communicate()[1] for run in runs]  # all are waited for before anything can fail
+    assert told == [""] * len(runs)
+    assert all(run.returncode == 0 for run in runs)
     assert len(list(folder.glob("*.json"))) == 4 and not list(folder.glob("*.tmp"))
 
 

@@ -15,7 +15,7 @@ from maskdsl import Causal, LastQ, PerHead, Sink, Window
 
 Out = pytest.CaptureFixture[str]
 TESTED = {"quickstart.py", "new_pattern.py", "compare_patterns.py", "head_mixture.py",
-          "document_packing.py", "pictures.ipynb",
+          "document_packing.py", "pictures.ipynb", "train.py",
           "gemma.py"}  # needs the extra `model`: tests/integrations/test_gemma.py
 
 
@@ -86,6 +86,15 @@ def test_head_mixture(project: Path, capsys: Out) -> None:
 def test_document_packing(project: Path) -> None:
     assert load(project, "document_packing").main((100, 700, 30)) < 1e-5
     assert is_png(Path("documents.png"))
+
+
+def test_train(project: Path, capsys: Out) -> None:
+    """A few steps: both learn the same from the same tokens; that the loss falls takes longer."""
+    ours, plain = load(project, "train").main(8, (4, 96, 64, 2)).values()
+    assert 3.4 < ours[0] < 4.5 and len(set(ours)) == 8  # log 32: no token is likelier than another
+    assert max(abs(a - b) for a, b in zip(ours, plain, strict=True)) < 1e-3
+    assert "largest difference" in capsys.readouterr().out
+    assert is_png(Path("train.png"))
 
 
 def test_the_notebook(project: Path) -> None:

@@ -187,7 +187,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
          "--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,900",
          "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "poked.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=True)
+        capture_output=True, text=True, timeout=400, check=True)
     found = re.search(r'<pre id="told">(.*?)</pre>', run.stdout, re.DOTALL)
     assert found, run.stdout[-2000:] + run.stderr[-2000:]
     told = json.loads(found[1].replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&"))

@@ -9,6 +9,7 @@ import torch
 from dynamic_strategies import BATCH, HEADS, KV_HEADS, dynamic_masks, per_head_masks, slot_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from score_oracle import MODS, make_data, modified_attention, some_mods
 from strategies import masks, shapes
 
 import maskdsl
@@ -29,53 +30,10 @@ from maskdsl import (
     errors,
 )
 from maskdsl.codegen.kernel import interpreting
-from maskdsl.scores import ScoreMod, ScorePlace, add_sinks, modify_scores, published_slopes
+from maskdsl.scores import ScoreMod, published_slopes
 
 DIM = 16
-MODS: list[ScoreMod] = [Softcap(2.0), ALiBi(), ALiBi([0.5, -0.25, 0.0, 2.0]), Bias("bias"),
-                        RelativePosition("table", 5), SinkLogits("sinks")]
 interpreter = pytest.mark.skipif(not interpreting(), reason="a GPU is here: see tests/gpu")
-
-
-def oracle(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, live: torch.Tensor,
-           mods: tuple[ScoreMod, ...], data: dict[str, Any], shape: Shape) -> tuple[
-               torch.Tensor, torch.Tensor]:
-    """Dense attention with modified scores."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-    at = ScorePlace(torch.arange(q.shape[0]).view(-1, 1, 1, 1),
-                    torch.arange(q.shape[1]).view(1, -1, 1, 1),
-                    (torch.arange(shape.q_len) + shape.q_offset).view(1, 1, -1, 1),
-                    torch.arange(shape.kv_len).view(1, 1, 1, -1), shape.q_offset, q.shape[1])
-    scores = modify_scores(scores, mods, at, data).masked_fill(~live, -torch.inf)
-    lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1))
-    out = weights @ v
-    for mod in mods:
-        if isinstance(mod, SinkLogits):
-            out, lse = add_sinks(out, lse, data[mod.name][:, None])
-    return out, lse
-
-
-def make_data(mods: tuple[ScoreMod, ...], shape: Shape, seed: int, lead: tuple[int, int],
-              dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Random tensors for all modifiers that take one; a bias takes some pairs away."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator).to(dtype)
-
-    made: dict[str, torch.Tensor] = {}
-    for mod in mods:
-        if isinstance(mod, Bias):
-            bias = draw(*lead, shape.q_len, shape.kv_len)
-            made[mod.name] = bias.masked_fill(bias > 1.5, -torch.inf)
-        elif isinstance(mod, RelativePosition):
-            made[mod.name] = draw(lead[1], 2 * mod.reach + 1)
-        elif isinstance(mod, SinkLogits):
-            made[mod.name] = draw(HEADS)
-    return made
 
 
 def check(mask: Mask, mods: tuple[ScoreMod, ...], shape: Shape, backend: str,
@@ -91,18 +49,12 @@ def check(mask: Mask, mods: tuple[ScoreMod, ...], shape: Shape, backend: str,
     out, lse = attn(q, k, v, q_offset=shape.q_offset, total_len=shape.total_len, return_lse=True,
                     **data, **(slots or {}))
     live = dense(mask, shape, BATCH, HEADS, slots=slots)
-    exact, exact_lse = oracle(q.double(), k.double(), v.double(), live, mods,
+    exact, exact_lse = modified_attention(q.double(), k.double(), v.double(), live, mods,
                               {n: t.double() for n, t in data.items()}, shape)
     assert torch.equal(lse == -torch.inf, exact_lse == -torch.inf)
     assert torch.allclose(out.double(), exact, atol=2e-5, rtol=0)
     finite = exact_lse.masked_fill(exact_lse == -torch.inf, 0.0)
     assert torch.allclose(lse.double().masked_fill(lse == -torch.inf, 0.0), finite, atol=4e-5)
-
-
-def some_mods() -> st.SearchStrategy[tuple[ScoreMod, ...]]:
-    """Up to four modifiers in any order; each name once."""
-    return st.lists(st.sampled_from(MODS), min_size=1, max_size=4,
-                    unique_by=lambda mod: mod.name or repr(mod)).map(tuple)
 
 
 LEADS = st.sampled_from([(1, 1), (BATCH, HEADS), (1, HEADS)])
@@ -186,7 +138,7 @@ def test_gradients_reach_the_data() -> None:
             out = maskdsl.compile(mask, backend="torch", scores=mods)(q, k, v, **given)
         else:
             live = dense(mask, shape)
-            out, _ = oracle(q, k, v, live, mods, given, shape)
+            out, _ = modified_attention(q, k, v, live, mods, given, shape)
         (out * torch.linspace(-1, 1, DIM, dtype=torch.float64)).sum().backward()
         grads.append([leaf.grad for leaf in leaves])
     for mine, theirs in zip(*grads, strict=True):

@@ -90,9 +90,10 @@ def test_default_lengths(mask: Mask, length: int) -> None:
     Causal() & Slash(range(0, 9000, 300)), Causal() & Where(lambda b, h, q, k: (q + k) % 3 == 0)])
 @pytest.mark.parametrize("by", ["source", "token", "tile"])
 def test_a_million_tokens_in_seconds(mask: Mask, by: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     figure = mask.plot(MILLION, by=by)
-    assert time.perf_counter() - start < 20  # 10**12 pairs would take hours
+    # of this process, so that other load does not count; 10**12 pairs would take hours
+    assert time.process_time() - start < 20
     assert (image_of(figure) < 1).any()
 
 

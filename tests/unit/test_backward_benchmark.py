@@ -1,0 +1,52 @@
+"""The benchmark of backward passes, its timer and its kernels replaced: rows, and a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._functorch import config
+
+import maskdsl
+from benchmarks import backward
+from benchmarks.cases import TRIANGLES, Pattern
+from benchmarks.measure import Report
+
+
+def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def inputs(length: int) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator().manual_seed(length)
+        return tuple(torch.randn(1, h, length, 16, generator=generator) for h in (2, 1, 1))
+
+    def kernels(pattern: Pattern, length: int) -> dict[str, Callable[[], Any]]:
+        attn = maskdsl.compile(pattern.mask, backend="torch")
+
+        def broken() -> Any:
+            raise RuntimeError("no such kernel")
+
+        return {"ours": lambda: attn, "same": lambda: attn, "none": broken,
+                "wrong": lambda: lambda q, k, v: attn(q, k, v, scale=0.9)}
+
+    def timed(function: Callable[[], Any]) -> float:
+        function()
+        return 2.0
+
+    monkeypatch.setattr(backward, "LENGTH", 64)
+    monkeypatch.setattr(backward, "make_inputs", inputs)
+    monkeypatch.setattr(backward, "kernels_of", kernels)
+    monkeypatch.setattr(backward, "time_ms", timed)
+    report = Report("backward")
+    backward.run(report)
+    assert [row["kernel"] for row in report.rows] == ["ours", "same", "none", "wrong"] * 3
+    ours, same, none, wrong = report.rows[:4]
+    assert ours["ms_over_ours"] == same["ms_over_ours"] == 1 and same["gap_to_ours"] == 0
+    assert "no such kernel" in none["failed"] and "differ" in wrong["failed"]
+    assert config.donated_buffer is False
+
+
+def test_five_products() -> None:
+    pattern = TRIANGLES[1]
+    assert backward.gradient_flops(pattern, 1000) == 10 * 128 * 32 * pattern.pairs(1000)
+    assert "FlexAttention" in backward.kernels_of(pattern, 1000)
