@@ -10,7 +10,7 @@ import torch
 
 from maskdsl import ops
 from maskdsl.atoms import Causal
-from maskdsl.backends import check_autotune, check_backward, pick_backend
+from maskdsl.backends import check_autotune, check_backward, pick_backend, tell_refusal
 from maskdsl.binding import CallSize, check_names, check_slots, describe, wrap
 from maskdsl.dynamic import SlotMask
 from maskdsl.errors import BackendError, MaskTypeError
@@ -74,9 +74,8 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     backward  True lets autograd through the Triton and Hopper backends, with kernels for the
              gradients of q, k, v and the data of score modifiers; the same bits every time. Tested
              in Triton's interpreter and compiled ahead of time, not yet run on a GPU, which is why
-             it must be asked for. The torch backend is always differentiable, twice as well. With
-             backend="hopper" by name the Hopper backward computes what it takes (`.refusal(q, k, v,
-             backward=True)`); "atomic" lets it add up dQ in any order, in a float32 buffer.
+             it must be asked for. The torch backend is always differentiable, twice as well.
+             With backend="hopper" by name: the Hopper backward; "atomic": it may add up dQ.
 
     Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError.
     """
@@ -153,20 +152,10 @@ class Attention:
     def refusal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
                 backward: bool = False) -> str:
         """Why the Hopper kernel does not take such a call, so that the portable one runs it (or,
-        with backend="hopper", an error is raised); "" where it does. backward=True: why the
-        portable kernels compute its gradients."""
+        by name, an error is raised); "" where it does. backward: of the gradients' kernels."""
         check_ranks(q, k, v, self.layout)
-        if self.backend == "torch":
-            return "backend='torch'"
-        if self.layout == "blhd":
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         forward: Any = self._forward
-        if backward:
-            from maskdsl.codegen.hopper_backward import refuse_call
-
-            return refuse_call(forward, q, k, v)
-        refused: str = forward.refuse_hopper(q, k, v)
-        return refused
+        return tell_refusal(forward, (q, k, v), self.layout == "blhd", backward)
 
     def __repr__(self) -> str:
         return f"<maskdsl attention {self.mask!r}, backend={self.backend!r}>"

@@ -60,14 +60,15 @@ def run_side(side: Side, shape: Shape, scale: float, tensors: tuple[Tensor, ...]
 
 
 def check(mask: Mask, shape: Shape, heads: tuple[int, int] = (4, 2), dim: int = 64,
-          batch: int = 1, processors: int = 1) -> None:
+          batch: int = 1, processors: int = 1, shift: float = 0.0) -> None:
     """All sides against dense autograd, in float64 on both sides; lse has a gradient too."""
     whole = simplify(mask)
     assert not refuse_mask(whole), mask
     generator = torch.Generator().manual_seed(shape.q_len)
-    q, k, v = (torch.randn(batch, h, n, dim, generator=generator, dtype=torch.float64)
-               .requires_grad_() for h, n in ((heads[0], shape.q_len), (heads[1], shape.kv_len),
-                                              (heads[1], shape.kv_len)))
+    q, k, v = ((torch.randn(batch, h, n, dim, generator=generator, dtype=torch.float64) + by)
+               .requires_grad_() for h, n, by in (
+                   (heads[0], shape.q_len, shift), (heads[1], shape.kv_len, -shift),
+                   (heads[1], shape.kv_len, 0.0)))
     scale = dim**-0.5
     out, lse = dense_attention(q, k, v, dense(whole, shape, batch, heads[0], "cpu"), scale)
     grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
@@ -109,6 +110,12 @@ def test_cut_items_and_batches(dim: int) -> None:
         assert cut_call(side, shape, 1, 1, 16, 4 * dim).splits > 1
     check(mask, shape, (1, 1), dim, 1, 16)
     check(TRIANGLE & Causal(), Shape(260, 260), (4, 2), dim, 2)
+
+
+def test_keys_that_are_not_there_weigh_nothing() -> None:
+    """Beyond the last key scores would be 0, and those that count are near -1000: exponentials
+    overflow there, and dQ is summed over keys."""
+    check(Full(), Shape(130, 200), (2, 1), 128, shift=10.0)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
