@@ -102,7 +102,7 @@ def test_gradients(mask: Mask, lengths: tuple[int, int], heads: tuple[int, int],
     check(mask, Shape(*lengths), heads, dim)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_cut_items_and_batches(dim: int) -> None:
     """Tiles that are cut write parts; letters and slots go round many times."""
     mask, shape = simplify(Causal() & (Sink(100) | Window(40) | LastQ(30))), Shape(1100, 1100)
