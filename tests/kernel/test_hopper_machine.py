@@ -98,10 +98,12 @@ def check_forward(mask: Mask, shape: Shape, sizes: tuple[int, int, int] = (1, 4,
 
 
 def check_backward(mask: Mask, shape: Shape, sizes: tuple[int, int, int] = (1, 4, 1),
-                   dim: int = 64, dtype: torch.dtype = torch.float16, adds: bool = False) -> None:
-    """Gradients of output and lse against float64 autograd."""
+                   dim: int = 64, dtype: torch.dtype = torch.float16, adds: bool = False,
+                   shift: float = 0.0) -> None:
+    """Gradients of output and lse against float64 autograd; `shift` moves all scores."""
     whole = simplify(mask)
     q, k, v, grad = draw(sizes, shape, dim, dtype)
+    q, k = q + shift, k - shift
     grad_lse = torch.randn(*q.shape[:3], generator=torch.Generator().manual_seed(8))
     live = dense(whole, shape, sizes[0], sizes[1], "cpu", {})
     exact = [t.double().requires_grad_() for t in (q, k, v)]
@@ -167,6 +169,12 @@ def test_backward_of_other_masks(on_machine: Any) -> None:
     check_backward(Window(50, 30) | FirstQ(5) | Sink(3), Shape(190, 190), (1, 3, 1))
     check_backward(BlockDiagonal([70, 90, 40]), Shape(200, 200), (1, 2, 1))
     check_backward(Causal() & (Sink(8) | Window(64) | LastQ(32)), Shape(1200, 1200), (1, 1, 1))
+
+
+def test_keys_that_are_not_there_weigh_nothing(on_machine: Any) -> None:
+    """Beyond the last key scores would be 0, and those that count are near -290: exponentials
+    overflow there, and dQ is summed over keys."""
+    check_backward(Full(), Shape(130, 200), (1, 2, 1), 128, shift=5.0, adds=True)
 
 
 @settings(max_examples=6, suppress_health_check=list(HealthCheck))
