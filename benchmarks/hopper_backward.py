@@ -58,15 +58,16 @@ def kernels(case: Case, tensors: Tensors) -> dict[str, Callable[[], Prepared]]:
     found: dict[str, Callable[[], Prepared]] = {
         "maskdsl portable": lambda: ours(case, tensors, "triton"),
         "maskdsl Hopper": lambda: ours(case, tensors, "hopper"),
+        "maskdsl Hopper, atomic": lambda: ours(case, tensors, "hopper", "atomic"),
         "FlexAttention default": lambda: FlexDefault().ready(case, tensors, 0.0)}
     if not case.pattern.sink:
         found["FlashAttention 4"] = lambda: FlashAttention4().ready(case, tensors, 0.0)
     return found
 
 
-def ours(case: Case, tensors: Tensors, backend: str) -> Prepared:
+def ours(case: Case, tensors: Tensors, backend: str, backward: bool | str = True) -> Prepared:
     """The backward of one backend, which must take the call."""
-    attn: Any = maskdsl.compile(case.pattern.mask, backend=backend, backward=True)
-    refused = attn.gradient_refusal(*tensors) if backend == "hopper" else ""
+    attn: Any = maskdsl.compile(case.pattern.mask, backend=backend, backward=backward)
+    refused = attn.refusal(*tensors, backward=True) if backend == "hopper" else ""
     assert not refused, refused
     return Prepared(lambda: attn(*tensors))

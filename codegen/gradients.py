@@ -7,54 +7,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from triton.runtime.errors import OutOfResources
 
-from maskdsl.codegen.backward import backward_of
+from maskdsl.codegen.backward import TritonBackward, backward_of
 from maskdsl.codegen.kernel import Call, TritonForward
 from maskdsl.errors import ResourceError
 from maskdsl.inputs import second_gradient_error
-from maskdsl.scores import ScoreMod
 from maskdsl.settings import debug
 from maskdsl.shape import Shape
+
+if TYPE_CHECKING:
+    from maskdsl.codegen.hopper_backward import HopperBackward
 
 Tensor = torch.Tensor
 
 
 def prepare_gradients(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor, shape: Shape,
-                      scale: float, layout: str, with_lse: bool, *, adds: bool = False) -> Call:
+                      scale: float, layout: str, with_lse: bool, adds: bool = False) -> Call:
     """Like `TritonForward.prepare`, for calls that autograd records."""
-    call = prepare_backward(forward, q, k, v, shape, scale, layout, adds=adds)
+    call = prepare_backward(forward, q, k, v, shape, scale, layout, adds)
     return lambda q, k, v, data: call(q, k, v, data, with_lse)
 
 
 def prepare_backward(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor, shape: Shape,
-                     scale: float, layout: str, *, adds: bool = False) -> Backward:
-    """What the backward pass of calls that look like this one shares. With `adds` the Hopper
-    backward may sum dQ in any order."""
+                     scale: float, layout: str, adds: bool = False) -> Backward:
+    """What the backward pass of calls that look like this one shares.
+
+    adds  the Hopper kernels may add up dQ by atomics
+    """
     from maskdsl.codegen.hopper_backward import hopper_backward_of, refuse_call
 
     run = forward.prepare(q, k, v, shape, scale, layout, True)
-    kernels: Kernels
-    if refused := refuse_call(forward, q, k, v):
-        debug(1, f"gradients of {forward.mask!r} by the portable kernels: {refused}")
-        kernels = backward_of(forward.mask, forward.chosen, forward.scores)
-    else:
-        kernels = hopper_backward_of(forward.mask, q.shape[1] // k.shape[1], adds)
+    refused = refuse_call(forward, q, k, v)
+    debug(1, f"gradients of {forward.mask!r}: {refused or 'the Hopper backward'}")
+    kernels: TritonBackward | HopperBackward = \
+        backward_of(forward.mask, forward.chosen, forward.scores) if refused else \
+        hopper_backward_of(forward.mask, q.shape[1] // k.shape[1], adds)
     return Backward(kernels, run, shape, scale, layout == "blhd")
-
-
-class Kernels(Protocol):
-    """What computes the gradients of a call."""
-
-    scores: tuple[ScoreMod, ...]
-
-    def run(self, call: Backward, tensors: tuple[Tensor, ...], grad_out: Tensor,
-            grad_lse: Tensor | None, wanted: tuple[bool, bool], data: dict[str, Any],
-            names: frozenset[str]) -> tuple[Tensor | None, ...]:
-        """(dq, dk, dv), then those of the modifiers' data, as `TritonBackward.run`."""
 
 
 class Backward:
@@ -64,8 +56,8 @@ class Backward:
     turned   tensors are [B, L, H, D]
     """
 
-    def __init__(self, kernels: Kernels, forward: Callable[..., Any], shape: Shape,
-                 scale: float, turned: bool) -> None:
+    def __init__(self, kernels: TritonBackward | HopperBackward, forward: Callable[..., Any],
+                 shape: Shape, scale: float, turned: bool) -> None:
         self.kernels, self.forward = kernels, forward
         self.shape, self.scale, self.turned = shape, scale, turned
         self.names = tuple(mod.name for mod in kernels.scores if mod.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from maskdsl.codegen.kernel import LEAST_SCALE, LOG2_E, TritonForward, fits_tma,
 from maskdsl.expr import Mask
 from maskdsl.scores import ScoreMod
 from maskdsl.settings import debug
+from maskdsl.shape import Shape
 
 if TYPE_CHECKING:
     from maskdsl.codegen.gradients import Backward
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 SLOTS = {(64, False): 4, (128, False): 3, (128, True): 2}  # passing tiles in flight, by head
 # dimension and whether dQ is added up beside dK and dV: what shared memory holds
-REGISTERS = {True: 232, False: 216}  # of a computing thread, by key and by query
+REGISTERS = {(True, 128): 232, (True, 64): 200, (False, 128): 216, (False, 64): 200}  # of a
+# computing thread, by side (keys?) and head dimension: what ptxas needs to spill nothing in loops
 ADDS_DIM = 128  # the head dimension at which dQ can be added up beside dK and dV
 HALF = 64  # own rows of a computing warp group
 SUM_ROWS = 32  # rows a program of the small kernels
@@ -44,8 +47,6 @@ def refuse_call(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor) -> str:
     if not forward.must:
         return ("the Hopper backward has not yet run on a GPU, so it must be asked for with "
                 "backend='hopper'")
-    if forward.scores:
-        return "the Hopper backward takes no score modifiers"
     return forward.refuse_hopper(q, k, v) or refuse_mask(forward.mask) or \
         refuse_dims(q.shape[3], v.shape[3])
 
@@ -54,7 +55,7 @@ class HopperBackward:
     """The gradients' kernels of one static mask, for `share` query heads a key/value head; with
     `adds` one kernel computes all, if all are wanted."""
 
-    scores: tuple[ScoreMod, ...] = ()
+    scores: tuple[ScoreMod, ...] = ()  # it takes no score modifiers
 
     def __init__(self, mask: Mask, share: int, adds: bool = False) -> None:
         self.by_query, self.by_key = QuerySide(mask, share), KeySide(mask, share)
@@ -128,46 +129,84 @@ def constants_of(side: Side, dim: int) -> dict[str, Any]:
     """The constexpr arguments and options of a launch."""
     constants = side.constants
     return {**constants, "SLOTS": SLOTS[dim, constants["ADDS"]],
-            "REGISTERS": REGISTERS[constants["BY_KEY"]],
+            "REGISTERS": REGISTERS[constants["BY_KEY"], dim],
             # sixteen warps, the last three of them idle, share 64 Ki registers before they trade
             "num_warps": 4, "maxnreg": 128}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of one side's kernel, decided without a GPU.
+
+    own      k and v, or q and the output's gradient; passing: the other two
+    results  dk and dv, or dq
+    cut      the items; parts: float32 results of those that are cut, for each result
+    """
+
+    side: Side
+    own: tuple[Tensor, Tensor]
+    passing: tuple[Tensor, Tensor]
+    results: tuple[Tensor, ...]
+    cut: Schedule
+    parts: tuple[Tensor, ...]
+
+    @property
+    def tiled(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """What TMA copies, with its boxes, in the kernel's order."""
+        tensors = (*self.own, *self.passing, *self.passing, self.results[0], self.results[-1])
+        return list(zip(tensors, blocks_of(self.side, self.own[0].shape[3]), strict=True))
+
+    def pointers(self, lse: Tensor, delta: Tensor, sums: Tensor | None,
+                 counters: Tensor) -> tuple[Tensor, ...]:
+        """The other tensors, in the kernel's order.
+
+        sums  float32 [B, Hq, Lq, D], to which dQ / scale is added, where the side of keys adds
+        """
+        return (lse, delta, self.parts[0], self.parts[-1], lse if sums is None else sums, counters)
+
+    def numbers(self, shape: Shape, scale: float, heads: int) -> tuple[int | float, ...]:
+        """The scalars, in the kernel's order; heads: query heads."""
+        batch, owners = self.own[0].shape[:2]
+        groups = owners // int(self.side.constants["OWN_HEADS"])
+        cut = self.cut
+        return (cut.items, cut.q_tiles, groups * batch, groups, cut.section, cut.split_first,
+                cut.split_count, cut.splits, self.side.share, self.side.members, heads,
+                shape.q_len, shape.kv_len, shape.q_offset, shape.total_len,
+                max(scale, LEAST_SCALE) * LOG2_E, scale)
+
+
+def plan_launch(side: Side, shape: Shape, own: tuple[Tensor, Tensor],
+                passing: tuple[Tensor, Tensor], results: tuple[Tensor, ...],
+                processors: int) -> Launch:
+    """Cut a call for so many multiprocessors, and make room for its parts."""
+    batch, owners, _, dim = own[0].shape
+    own_heads = int(side.constants["OWN_HEADS"])
+    groups = owners // own_heads * batch
+    cut = cut_call(side, shape, groups, section_of(side, shape, dim, groups), processors,
+                   4 * dim * len(results) * own_heads)
+    size = cut.splits * batch * owners * rows_of(side, cut) * dim or 1
+    parts = tuple(torch.empty(size, dtype=torch.float32, device=own[0].device) for _ in results)
+    return Launch(side, own, passing, results, cut, parts)
 
 
 def launch(side: Side, call: Backward, own: tuple[Tensor, Tensor], passing: tuple[Tensor, Tensor],
            results: tuple[Tensor, ...], numbers: tuple[Tensor, Tensor],
            sums: Tensor | None = None) -> None:
-    """Compute the gradients of one side.
-
-    own      k and v, or q and the output's gradient; passing: the other two
-    results  dk and dv, or dq
-    numbers  lse and delta, float32 [B, Hq, Lq]
-    sums     float32 [B, Hq, Lq, D], to which dQ / scale is added, where the side of keys adds
-    """
-    shape, device = call.shape, own[0].device
-    batch, owners, _, dim = own[0].shape
-    heads = numbers[0].shape[1]
-    groups = owners // int(side.constants["OWN_HEADS"])
+    """Compute the gradients of one side; numbers: lse and delta, float32 [B, Hq, Lq]."""
+    device = own[0].device
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    cut = cut_call(side, shape, groups * batch, section_of(side, shape, dim, groups * batch),
-                   processors, 4 * dim * len(results) * int(side.constants["OWN_HEADS"]))
-    parts = [torch.empty(cut.splits * batch * owners * rows_of(side, cut) * dim or 1,
-                         dtype=torch.float32, device=device) for _ in results]
-    first, second = results[0], results[-1]
-    boxes = blocks_of(side, dim)
-    tensors = (*own, *passing, *passing, first, second)
-    described = [describe(t, box) for t, box in zip(tensors, boxes, strict=True)]
-    for descriptor, t in zip(described, tensors, strict=True):
-        descriptor.base = t
-    kernel_of(side)[(min(cut.items, processors),)](
-        *described, *numbers, parts[0], parts[-1],
-        numbers[0] if sums is None else sums, queue(device), cut.items, cut.q_tiles,
-        groups * batch, groups, cut.section, cut.split_first, cut.split_count, cut.splits,
-        side.share, side.members, heads, shape.q_len, shape.kv_len, shape.q_offset,
-        shape.total_len, max(call.scale, LEAST_SCALE) * LOG2_E, call.scale,
-        **constants_of(side, dim))
-    if cut.split_count:
-        for part, result in zip(parts, results, strict=True):
-            join(part, result, side, cut)
+    made = plan_launch(side, call.shape, own, passing, results, processors)
+    described = []
+    for t, box in made.tiled:
+        described.append(describe(t, box))
+        described[-1].base = t
+    kernel_of(side)[(min(made.cut.items, processors),)](
+        *described, *made.pointers(*numbers, sums, queue(device)),
+        *made.numbers(call.shape, call.scale, numbers[0].shape[1]),
+        **constants_of(side, own[0].shape[3]))
+    if made.cut.split_count:
+        for part, result in zip(made.parts, results, strict=True):
+            join(part, result, side, made.cut)
 
 
 def rows_of(side: Side, cut: Schedule) -> int:

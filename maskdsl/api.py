@@ -10,7 +10,7 @@ import torch
 
 from maskdsl import ops
 from maskdsl.atoms import Causal
-from maskdsl.backends import check_autotune, check_backward, pick_backend
+from maskdsl.backends import check_autotune, check_backward, pick_backend, tell_refusal
 from maskdsl.binding import CallSize, check_names, check_slots, describe, wrap
 from maskdsl.dynamic import SlotMask
 from maskdsl.errors import BackendError, MaskTypeError
@@ -73,14 +73,10 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     scores   score modifiers, applied in order: `Softcap`, `ALiBi`, `Bias`, `RelativePosition`,
              `SinkLogits`; the data of those that take some is given at the call, by name
     backward  True lets autograd through the Triton and Hopper backends, with kernels for the
-    backward  True lets autograd through the Triton and Hopper backends, with kernels for the
              gradients of q, k, v and the data of score modifiers; the same bits every time. Tested
              in Triton's interpreter and compiled ahead of time, not yet run on a GPU, which is why
-             it must be asked for. With backend="hopper" by name the Hopper backward computes what
-             it takes (`.gradient_refusal(q, k, v)` says what it does not and why), the portable
-             kernels the rest; "atomic" lets it sum dQ in any order, in a float32 buffer as large
-             as twice dQ, with fewer products (head dimension 128). The torch backend is always
-             differentiable, twice as well.
+             it must be asked for. The torch backend is always differentiable, twice as well.
+             With backend="hopper" by name: the Hopper backward; "atomic": it may add up dQ.
 
     Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError.
     """
@@ -154,30 +150,13 @@ class Attention:
         return TritonForward(self.mask, config_for_tile(self._tile) if self._tile else None,
                              scores=self.scores, hopper=hopper, must=hopper and self.strict)
 
-    def refusal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+    def refusal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
+                backward: bool = False) -> str:
         """Why the Hopper kernel does not take such a call, so that the portable one runs it (or,
-        with backend="hopper", an error is raised); "" where it does."""
+        by name, an error is raised); "" where it does. backward: of the gradients' kernels."""
         check_ranks(q, k, v, self.layout)
-        if self.backend == "torch":
-            return "backend='torch'"
-        if self.layout == "blhd":
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         forward: Any = self._forward
-        refused: str = forward.refuse_hopper(q, k, v)
-        return refused
-
-    def gradient_refusal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
-        """Why the Hopper backward does not compute the gradients of such a call, so that the
-        portable kernels do (the torch backend: PyTorch); "" where it does."""
-        check_ranks(q, k, v, self.layout)
-        if self.backend == "torch":
-            return "backend='torch'"
-        from maskdsl.codegen.hopper_backward import refuse_call
-
-        if self.layout == "blhd":
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        forward: Any = self._forward
-        return refuse_call(forward, q, k, v)
+        return tell_refusal(forward, (q, k, v), self.layout == "blhd", backward)
 
     def __repr__(self) -> str:
         return f"<maskdsl attention {self.mask!r}, backend={self.backend!r}>"
@@ -290,7 +269,7 @@ class Attention:
 
             forward: Any = self._forward
             return prepare_gradients(forward, q, k, v, shape, number, self.layout, return_lse,
-                                     adds=self.backward == "atomic")
+                                     self.backward == "atomic")
         if self._autotuned is not None:
             return self._autotuned.prepare(q, k, v, shape, number, self.layout, return_lse, data)
         return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)
@@ -329,7 +308,7 @@ class Attention:
         views, shape, number, _ = self._check(q, k, v, *numbers, slots)
         forward: Any = self._forward
         call = prepare_backward(forward, *views, shape, number, self.layout,
-                                adds=self.backward == "atomic")
+                                self.backward == "atomic")
         names = frozenset(wanted - set("qkv"))
         found = call.gradients(tensors, grad_out, grad_lse, ("q" in wanted, bool(wanted & {"k",
                                "v"})), self._data_of(slots), names)

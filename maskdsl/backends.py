@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from maskdsl.errors import BackendError, GradientError
 from maskdsl.expr import Mask
+
+if TYPE_CHECKING:
+    from maskdsl.codegen.kernel import TritonForward
+    from maskdsl.codegen.torch_backend import TorchForward
 
 BACKENDS = ("hopper", "triton", "torch")
 
@@ -35,6 +41,21 @@ def check_backward(backward: object, backend: str | None) -> None:
     if backward == "atomic" and backend != "hopper":
         raise GradientError("backward='atomic'", "only the Hopper backward adds up by atomics, and "
                             "it must be asked for by name", "backend='hopper', or backward=True")
+
+
+def tell_refusal(forward: TritonForward | TorchForward, tensors: tuple[torch.Tensor, ...],
+                 turned: bool, backward: bool) -> str:
+    """Why the Hopper kernel (or backward) does not take q, k, v; "" where it does.
+
+    turned  they are [B, L, H, D]
+    """
+    from maskdsl.codegen.hopper_backward import refuse_call
+    from maskdsl.codegen.kernel import TritonForward
+
+    if not isinstance(forward, TritonForward):
+        return "backend='torch'"
+    q, k, v = (t.transpose(1, 2) if turned else t for t in tensors)
+    return refuse_call(forward, q, k, v) if backward else forward.refuse_hopper(q, k, v)
 
 
 def check_autotune(backend: str, tile: object, scores: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Container
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -198,7 +198,7 @@ def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int
     whole = simplify(Causal() & mask if causal else mask)
     config = pick_hopper(whole, group, head_dim, value_dim, by_name)
     _, forward = HopperForward(whole).kernel(config)
-    return compile_gluon(forward, dtype, forward_boxes(config, head_dim, value_dim),
+    return compile_gluon(forward, dtype, hopper_boxes(config, head_dim, value_dim),
                          constants_of(config, head_dim, value_dim, with_lse=True))
 
 
@@ -213,12 +213,12 @@ def compile_listed(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int
     config = pick_listed(whole, packed, packed, head_dim)
     (plan,), forward = HopperForward(whole).kernel(config)
     pointers = {p.name for p in kernel_parameters(plan) if p.is_pointer}
-    return compile_gluon(forward, dtype, forward_boxes(config, head_dim, value_dim),
+    return compile_gluon(forward, dtype, hopper_boxes(config, head_dim, value_dim),
                          constants_of(config, head_dim, value_dim, with_lse=True), pointers)
 
 
-def forward_boxes(config: Any, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
-    """What each descriptor of a forward kernel copies at once."""
+def hopper_boxes(config: Any, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
+    """The boxes of the forward kernel's descriptors, by name."""
     from maskdsl.codegen.hopper import blocks_of
 
     q, k, v, k_grain, v_grain, out = blocks_of(config, head_dim, value_dim)
@@ -237,24 +237,22 @@ def compile_hopper_backward(mask: Mask, dtype: torch.dtype, head_dim: int, share
     whole = simplify(Causal() & mask if causal else mask)
     side = KeySide(whole, share, adds) if by_key else QuerySide(whole, share)
     kernel = kernel_of(side)
-    names = [name for name in kernel.arg_names if name.endswith("desc")]
-    return compile_gluon(kernel, dtype, dict(zip(names, blocks_of(side, head_dim), strict=True)),
-                         constants_of(side, head_dim))
+    boxes = dict(zip((name for name in kernel.arg_names if name.endswith("desc")),
+                     blocks_of(side, head_dim), strict=True))
+    return compile_gluon(kernel, dtype, boxes, constants_of(side, head_dim))
 
 
-def compile_gluon(kernel: Any, dtype: torch.dtype, blocks: dict[str, tuple[int, ...]],
-                  constants: dict[str, Any], pointers: Container[str] = ()) -> tuple[
-                      Compiled, list[list[str]]]:
-    """Compile a Gluon kernel for sm_90 as the launcher would specialise it.
-
-    blocks  the boxes of descriptors; pointers: the arguments that point to integers
-    """
+def compile_gluon(forward: Any, dtype: torch.dtype, blocks: dict[str, tuple[int, ...]],
+                  constants: dict[str, Any],
+                  pointers: AbstractSet[str] = frozenset()) -> tuple[Compiled, list[list[str]]]:
+    """Compile one Gluon kernel as the launcher would specialise it; blocks: the boxes of its
+    descriptors."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
     element = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
     signature, places, attributes = {}, {}, {}
-    for i, arg in enumerate(kernel.arg_names):
+    for i, arg in enumerate(forward.arg_names):
         if arg in blocks:
             layout = gl.NVMMASharedLayout.get_default_for(list(blocks[arg]), element)
             signature[arg] = f"tensordesc<{NAMES[dtype]}{list(blocks[arg])},{layout!r}>"
@@ -266,11 +264,11 @@ def compile_gluon(kernel: Any, dtype: torch.dtype, blocks: dict[str, tuple[int, 
         else:
             signature[arg] = "fp32" if arg.startswith("scale") else "i32"
     options = {name: constants[name] for name in ("num_warps", "maxnreg")}
-    made = triton.compile(GluonASTSource(kernel, signature, places, attributes),
-                          target=TARGETS["sm_90"], options=options)
-    text = made.asm["ptx"]
-    return (Compiled(made.metadata.shared, count_spills("sm_90", text), text),
-            loops_of(made.asm["cubin"]))
+    kernel = triton.compile(GluonASTSource(forward, signature, places, attributes),
+                            target=TARGETS["sm_90"], options=options)
+    text = kernel.asm["ptx"]
+    return (Compiled(kernel.metadata.shared, count_spills("sm_90", text), text),
+            loops_of(kernel.asm["cubin"]))
 
 
 def loops_of(cubin: bytes) -> list[list[str]]:

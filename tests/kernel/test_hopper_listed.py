@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from dynamic_strategies import BATCH, HEADS, KV_HEADS, dynamic_masks, slot_data
-from gluon_launch import launch_on_threads
+from gluon_machine import load_kernel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import shapes
@@ -31,6 +32,7 @@ from maskdsl import (
     dense,
     simplify,
 )
+from maskdsl.codegen import hopper, hopper_listed
 from maskdsl.codegen.hopper import HopperForward
 from maskdsl.codegen.hopper_cut import refuse_mask
 from maskdsl.codegen.kernel import LOG2_E, output_maker
@@ -39,9 +41,18 @@ from maskdsl.dynamic import slots_of
 
 
 @pytest.fixture
-def on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches run on threads; the rest of a call is what runs on a GPU."""
-    launch_on_threads(monkeypatch)
+def on_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches run on the emulator; the rest of a call is what runs on a GPU."""
+    def load(source: str) -> Any:
+        made = load_kernel(source, "forward")
+        made.seed = len(source)
+        return SimpleNamespace(forward=made)
+
+    monkeypatch.setattr(hopper, "load_module", load)
+    monkeypatch.setattr(hopper_listed, "queue", lambda _: torch.zeros(2, dtype=torch.int32))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda _: SimpleNamespace(multi_processor_count=2))
 
 
 def make_data(mask: Mask, length: int, heads: int) -> dict[str, Any]:
@@ -84,7 +95,7 @@ def check(whole: Mask, shape: Shape, data: dict[str, Any], sizes: tuple[int, int
     (Columns("cols") | VerticalSlash("vs"), 4, 64), (Columns("cols"), 1, 64),
     (Blocks("blk", 128, 128) | Sink(4), 1, 128), (Blocks("blk", 128, 128) - Window(64), 4, 64),
     (VerticalSlash("loose") | Blocks("blk", 128, 128), 4, 64)], ids=repr)
-def test_values_and_lse(mask: Mask, heads: int, dim: int, on_threads: None) -> None:
+def test_values_and_lse(mask: Mask, heads: int, dim: int, on_machine: None) -> None:
     """Lists for all heads, for pairs of them and for each: four, two and one head an item. The
     output is float16; the lse is exact."""
     whole = simplify(Causal() & mask)
@@ -95,7 +106,7 @@ def test_values_and_lse(mask: Mask, heads: int, dim: int, on_threads: None) -> N
 
 @settings(max_examples=5, suppress_health_check=list(HealthCheck))
 @given(dynamic_masks(), shapes(max_len=200), st.data())
-def test_random_masks(on_threads: None, mask: Mask, shape: Shape, data: st.DataObject) -> None:
+def test_random_masks(on_machine: None, mask: Mask, shape: Shape, data: st.DataObject) -> None:
     whole = simplify(mask)
     limit = min((x for m in mask.walk() if (x := m.limit()) is not None), default=1 << 60)
     slots = data.draw(slot_data(mask, shape))

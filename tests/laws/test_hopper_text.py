@@ -1,7 +1,8 @@
 """The Hopper kernel's own text, run on numbers: which keys an item visits and what its masks keep.
 
-Gluon has no interpreter, so the scalar functions of the emitted file (all but loads, products and
-softmax) are executed here as Python, for every item of a call, and every pair is counted.
+The scalar functions of the emitted file (all but loads, products and softmax) are executed here as
+Python, for every item of a call, and every pair is counted. (tests/kernel/test_hopper_machine.py
+runs the file whole.)
 """
 
 from __future__ import annotations
