@@ -20,7 +20,8 @@ from benchmarks.measure import Report, current_commit
 
 QUESTIONS = ("forward", "dense", "million", "cold", "host", "cpu", "sweep",
              "vertical_slash", "triangle", "estimate", "cost", "compare", "probe", "quality",
-             "passkey", "ttft", "compiled", "backward", "hopper_backward")
+             "passkey", "ttft", "compiled", "backward", "hopper_backward",
+             "hopper_configs")
 
 
 def main() -> None:

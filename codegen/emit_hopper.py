@@ -31,11 +31,12 @@ NO_LISTS = ("        # <JOIN_STATE>\n", "            # <LOAD_SIDES>\n", "       
             "        # <AFTER_SIDES>\n", "    # <LISTED_FULL>\n", "<MORE>")
 
 
-def emit_hopper(*plans: Plan, groups: tuple[int, ...] = ()) -> str:
+def emit_hopper(*plans: Plan, groups: tuple[int, ...] = (), loaders: int = 1) -> str:
     """The kernel file of a plan whose tiles are grains, or of one for each kind of head, costliest
     first; equal plans give equal text.
 
-    groups  of several kinds: groups of packed heads of each, in one batch entry
+    groups   of several kinds: groups of packed heads of each, in one batch entry
+    loaders  warps that load: 1, or 2, one for keys and one for values
     """
     from maskdsl.codegen import emit_hopper_kinds as kinds
     from maskdsl.codegen.emit_hopper_sieve import ADD, list_names, sieve_pieces
@@ -46,7 +47,7 @@ def emit_hopper(*plans: Plan, groups: tuple[int, ...] = ()) -> str:
     names = kinds.own_names(plans) if several else state_names(plan)
     own = list_names(plan) if sieve else names
     letter = [*LETTER, *own]
-    pieces = common_pieces(*plans) | {
+    pieces = common_pieces(*plans, loaders=loaders) | {
         "# <MASK_TILE>\n": kinds.kind_functions(plans) if several else
                            (ADD if sieve else "") + mask_text(plan),
         "    # <WRITE>\n": indent(tuple(f"text = gl.where(place == {i}, {name}, text)"
@@ -72,10 +73,30 @@ def emit_hopper(*plans: Plan, groups: tuple[int, ...] = ()) -> str:
     return fill_template(read_template("hopper"), pieces)
 
 
-def common_pieces(*plans: Plan) -> dict[str, str]:
+VALUE_LOADER = """\
+        (produce, (q_desc, k_desc, v_desc, k_grain_desc, v_grain_desc, q_s, k_s, v_s, q_full,
+                   q_empty, k_full, k_empty, v_full, v_empty, mail_full, mail_empty, mail,
+                   own_table, items, group<MORE>, <CONSTANT_NAMES>, 0, 1)),
+"""
+
+
+def loader_pieces(loaders: int) -> dict[str, str]:
+    """One warp that loads keys and values in turns, or one for each.
+
+    Of two neither waits for the other: keys of the next step come before values of this one are
+    asked for, which is the order in which both are used, and the places of an item's loose grains
+    are worked out side by side.
+    """
+    more = loaders - 1
+    return {"<READERS>": str(2 + loaders), "<LOADS>": "1, 0" if more else "1, 1",
+            "        # <VALUE_LOADER>\n": VALUE_LOADER * more, "<WARPS>": ", 1" * more,
+            "<LEAST>": ", 24" * more}
+
+
+def common_pieces(*plans: Plan, loaders: int) -> dict[str, str]:
     """What static masks and those with call-time data fill in alike."""
     order, which = ("light - 1 - place", "last") if plans[0].last_first else ("place", "first")
-    return {
+    return loader_pieces(loaders) | {
         "<HEADER>\n": "".join(map(header_text, plans)),
         "    # <TILE_ORDER>\n": indent((
             f"# the {which} query tiles see most keys: they start first", f"q_tile = {order}")),

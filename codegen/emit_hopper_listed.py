@@ -37,7 +37,8 @@ LOAD_SIDES = (
     "        k_slot, k_phase, v_slot, v_phase = load_side(",
     "            t, mail.index(letter), k_desc, v_desc, k_grain_desc, v_grain_desc, k_s, v_s,",
     "            k_grains, v_grains, k_full, k_empty, v_full, v_empty, k_slot, k_phase, v_slot,",
-    "            v_phase, kv_head<MORE>, BLOCK_N, GRAIN, K_SLOTS, V_SLOTS, side == 1)",
+    "            v_phase, kv_head<MORE>, BLOCK_N, GRAIN, K_SLOTS, V_SLOTS, side == 1, KEYS,",
+    "            VALUES)",
 )
 AFTER_SIDES = (
     "if WARP_GROUP == 0:",
@@ -59,7 +60,7 @@ LOAD_LOOSE = '''\
     of at most 64 elements a row, as wide as the swizzle: HALVES of them side by side are a part."""
 '''
 LOAD_STEP = '''\
-    """Keys and values of step n of an item."""
+    """Keys and values of step n of an item, or what of both this warp loads."""
 '''
 READ_STATE = """\
     letter = state
@@ -95,7 +96,7 @@ def fits_listed_letter(plan: Plan) -> bool:
     return len(LETTER) + len(numbers_of(plan).names) - 2 <= LETTER_SIZE
 
 
-def emit_listed(plan: Plan) -> str:
+def emit_listed(plan: Plan, loaders: int = 1) -> str:
     """The kernel file of a plan whose tiles are grains; equal plans give equal text."""
     names = [*LETTER, *numbers_of(plan).names[2:]]
     first = len(LETTER)
@@ -106,7 +107,7 @@ def emit_listed(plan: Plan) -> str:
              f"text = gl.where(place < {first}, text, more)")
     sides = has_sides(plan)
     join = in_gluon(join_lines(plan))
-    pieces = common_pieces(plan) | {
+    pieces = common_pieces(plan, loaders=loaders) | {
         "    # <BOUNDS>\n": indent(find_lines(plan)),
         "# <MASK_TILE>\n": mask_functions(plan) +
                            (read_template("hopper_side_functions") if sides else ""),

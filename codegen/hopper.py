@@ -96,9 +96,9 @@ class HopperForward:
         """The kernel file for one config."""
         plans = self.plans(config)
         if slots_of(self.mask):
-            return emit_listed(plans[0])
+            return emit_listed(plans[0], config.loaders)
         groups = map(len, head_groups(self.mask, config.heads_packed))
-        return emit_hopper(*plans, groups=tuple(groups))
+        return emit_hopper(*plans, groups=tuple(groups), loaders=config.loaders)
 
     def default_source(self, head_dim: int) -> str:
         """The kernel file for four query heads a key/value head."""

@@ -46,6 +46,7 @@ class HopperConfig:
     block_n       keys of a tile
     letters       items whose queries are in shared memory: 2, or 1 where they are large; then the
                   next item's queries replace them as soon as the last scores are there
+    loaders       warps that load: 1, or 2, one for keys and one for values (not measured yet)
     padded        rows of 65 to 96 elements are padded to 128; else they are kept as three times 32
     """
 
@@ -57,6 +58,7 @@ class HopperConfig:
     block_n: int = BLOCK_N
     letters: int = 2
     padded: bool = True
+    loaders: int = 1
 
     @property
     def tile(self) -> int:

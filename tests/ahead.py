@@ -189,28 +189,29 @@ def count_spills(chip: str, text: str, serial: bool = False) -> int:
 
 
 def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, group: int,
-                   *, causal: bool = True,
-                   by_name: bool = True) -> tuple[Compiled, list[list[str]]]:
+                   *, causal: bool = True, by_name: bool = True,
+                   loaders: int = 1) -> tuple[Compiled, list[list[str]]]:
     """Compile the Hopper kernel of a mask for `group` query heads a key/value head; also the
     machine instructions of its loops (`loops_of`)."""
     from maskdsl.codegen.hopper import HopperForward, constants_of, pick_hopper
 
     whole = simplify(Causal() & mask if causal else mask)
-    config = pick_hopper(whole, group, head_dim, value_dim, by_name)
+    config = replace(pick_hopper(whole, group, head_dim, value_dim, by_name), loaders=loaders)
     _, forward = HopperForward(whole).kernel(config)
     return compile_gluon(forward, dtype, hopper_boxes(config, head_dim, value_dim),
                          constants_of(config, head_dim, value_dim, with_lse=True))
 
 
 def compile_listed(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, packed: int,
-                   *, causal: bool = True) -> tuple[Compiled, list[list[str]]]:
+                   *, causal: bool = True,
+                   loaders: int = 1) -> tuple[Compiled, list[list[str]]]:
     """Compile the Hopper kernel of a mask with call-time data, `packed` query heads an item."""
     from maskdsl.codegen.emit_hopper_lists import kernel_parameters
     from maskdsl.codegen.hopper import HopperForward, constants_of
     from maskdsl.codegen.hopper_lists import pick_listed
 
     whole = simplify(Causal() & mask if causal else mask)
-    config = pick_listed(whole, packed, packed, head_dim)
+    config = replace(pick_listed(whole, packed, packed, head_dim), loaders=loaders)
     (plan,), forward = HopperForward(whole).kernel(config)
     pointers = {p.name for p in kernel_parameters(plan) if p.is_pointer}
     return compile_gluon(forward, dtype, hopper_boxes(config, head_dim, value_dim),

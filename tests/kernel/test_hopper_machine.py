@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,7 @@ from maskdsl import (
 )
 from maskdsl.codegen import hopper, hopper_backward
 from maskdsl.codegen.hopper import HopperForward
-from maskdsl.codegen.hopper_cut import refuse_dims, refuse_mask
+from maskdsl.codegen.hopper_cut import pick_hopper, refuse_dims, refuse_mask
 from maskdsl.codegen.kernel import LOG2_E, output_maker
 from maskdsl.dense import dense_attention
 
@@ -80,13 +81,17 @@ def draw(sizes: tuple[int, int, int], shape: Shape, dim: int, dtype: torch.dtype
 
 
 def check_forward(mask: Mask, shape: Shape, sizes: tuple[int, int, int] = (1, 4, 1), dim: int = 64,
-                  dtype: torch.dtype = torch.float16, value_dim: int = 0) -> None:
-    """Output to the rounding of its dtype, lse to that of float32; dead rows 0 and -inf."""
+                  dtype: torch.dtype = torch.float16, value_dim: int = 0, **changes: Any) -> None:
+    """Output to the rounding of its dtype, lse to that of float32; dead rows 0 and -inf.
+
+    changes  of the config
+    """
     whole, value_dim = simplify(mask), value_dim or dim
     assert not refuse_mask(whole, by_name=True) and not refuse_dims(dim, value_dim, by_name=True)
     q, k, v, _ = draw(sizes, shape, dim, dtype, value_dim)
+    config = replace(pick_hopper(whole, sizes[1] // sizes[2], dim, value_dim, True), **changes)
     call = HopperForward(whole, by_name=True).prepare(
-        q, k, v, shape, dim**-0.5 * LOG2_E, output_maker(q, value_dim, "bhld", True), True)
+        q, k, v, shape, dim**-0.5 * LOG2_E, output_maker(q, value_dim, "bhld", True), True, config)
     out, lse = call(q, k, v, {})
     live = dense(whole, shape, sizes[0], sizes[1], "cpu", {})
     exact, exact_lse = dense_attention(q.double(), k.double(), v.double(), live)
@@ -132,6 +137,19 @@ def test_forward(on_machine: Any, seed: int, mask: Mask, shape: Shape,
     check_forward(mask, shape, sizes, dim)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("mask", "dims", "changes"), [
+    (Causal() & TRIANGLE, (64, 64), {"loaders": 2}), (Causal(), (128, 128), {"loaders": 2}),
+    (Causal() & TRIANGLE, (128, 128), {"loaders": 2, "letters": 1, "k_slots": 3, "v_slots": 2}),
+    (Causal() & PerHead([Sink(8), Window(30), TRIANGLE, Empty()]), (192, 128), {"loaders": 2}),
+    (Causal() & Stride(64), (128, 64), {"loaders": 2, "letters": 1})], ids=repr)
+def test_forward_with_other_configs(on_machine: Any, seed: int, mask: Mask, dims: tuple[int, int],
+                                    changes: dict[str, int]) -> None:
+    """Two warps that load; one place for the queries of an item."""
+    on_machine.seed = seed
+    check_forward(mask, Shape(330, 400), (1, 4, 1), dims[0], value_dim=dims[1], **changes)
+
+
 def test_forward_of_other_sizes(on_machine: Any) -> None:
     """bfloat16, values narrower than queries, per-head masks, heavy rows cut along their keys."""
     check_forward(Causal() & TRIANGLE, Shape(200, 200), (1, 2, 1), 72, torch.bfloat16, 40)
@@ -154,13 +172,14 @@ def test_forward_by_name(on_machine: Any, mask: Mask, dims: tuple[int, int]) -> 
 
 
 @settings(max_examples=8, suppress_health_check=list(HealthCheck))
-@given(masks(), shapes(max_len=300), st.integers(0, 99))
-def test_forward_of_random_masks(on_machine: Any, mask: Mask, shape: Shape, seed: int) -> None:
+@given(masks(), shapes(max_len=300), st.integers(0, 99), st.integers(1, 2))
+def test_forward_of_random_masks(on_machine: Any, mask: Mask, shape: Shape, seed: int,
+                                 loaders: int) -> None:
     on_machine.seed = seed
     limit = min((x for m in mask.walk() if (x := m.limit()) is not None), default=1 << 60)
     if not refuse_mask(simplify(mask), by_name=True) and shape.q_len and shape.kv_len and \
             max(shape.q_offset + shape.q_len, shape.kv_len) <= limit:
-        check_forward(mask, shape)
+        check_forward(mask, shape, loaders=loaders)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
