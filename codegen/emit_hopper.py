@@ -73,30 +73,40 @@ def emit_hopper(*plans: Plan, groups: tuple[int, ...] = (), loaders: int = 1) ->
     return fill_template(read_template("hopper"), pieces)
 
 
-VALUE_LOADER = """\
+LOADER = """\
         (produce, (q_desc, k_desc, v_desc, k_grain_desc, v_grain_desc, q_s, k_s, v_s, q_full,
                    q_empty, k_full, k_empty, v_full, v_empty, mail_full, mail_empty, mail,
-                   own_table, items, group<MORE>, <CONSTANT_NAMES>, 0, 1)),
+                   own_table, items, group<MORE>, <CONSTANT_NAMES>, <LOADS>)),
+"""
+PLANNER = """\
+        (hand_out, (mail_full, mail_empty, mail, queue, items, q_tiles, batch_groups, groups,
+                    section, split_first, split_count, splits, round_magic, round_shift,
+                    section_magic, section_shift, groups_magic, groups_shift, q_len, kv_len,
+                    q_offset, total_len<MORE>, own_table,
+                    <CONSTANT_NAMES>)),
 """
 
 
-def loader_pieces(loaders: int) -> dict[str, str]:
-    """One warp that loads keys and values in turns, or one for each.
+def partition_pieces(loaders: int) -> dict[str, str]:
+    """Who loads and who plans: the first four warps, which no kernel does without, and the last.
 
-    Of two neither waits for the other: keys of the next step come before values of this one are
-    asked for, which is the order in which both are used, and the places of an item's loose grains
-    are worked out side by side.
+    One loader brings keys and values in turns. Of two neither waits for the other: keys of the next
+    step come before values of this one are asked for, which is the order in which both are used,
+    and the places of an item's loose grains are worked out side by side. Either is a single warp,
+    which needs no barrier of four before each copy; planning has the time for those.
     """
-    more = loaders - 1
-    return {"<READERS>": str(2 + loaders), "<LOADS>": "1, 0" if more else "1, 1",
-            "        # <VALUE_LOADER>\n": VALUE_LOADER * more, "<WARPS>": ", 1" * more,
-            "<LEAST>": ", 24" * more}
+    loads = ["1, 0", "0, 1"] if loaders == 2 else ["1, 1"]
+    load = [LOADER.replace("<LOADS>", which) for which in loads]
+    first, last = ([PLANNER], load) if loaders == 2 else (load, [PLANNER])
+    return {"<READERS>": str(2 + loaders), "        # <FIRST>\n": "".join(first),
+            "        # <LAST>\n": "".join(last), "<WARPS>": ", 1" * len(last),
+            "<LEAST>": ", 24" * len(last)}
 
 
 def common_pieces(*plans: Plan, loaders: int) -> dict[str, str]:
     """What static masks and those with call-time data fill in alike."""
     order, which = ("light - 1 - place", "last") if plans[0].last_first else ("place", "first")
-    return loader_pieces(loaders) | {
+    return partition_pieces(loaders) | {
         "<HEADER>\n": "".join(map(header_text, plans)),
         "    # <TILE_ORDER>\n": indent((
             f"# the {which} query tiles see most keys: they start first", f"q_tile = {order}")),
