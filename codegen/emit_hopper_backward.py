@@ -29,6 +29,20 @@ OWN_ROWS = {
     True: ("k_first = tile * OWN_SPAN",
            "k_last = gl.minimum(tile * OWN_SPAN + OWN_SPAN, kv_len) - 1"),
 }
+PLANNER = """\
+        (hand_out, (mail_full, mail_empty, mail, queue, items, tiles, batch_groups, groups,
+                    section, split_first, split_count, splits, members, q_len, kv_len, q_offset,
+                    total_len,
+                    <CONSTANT_NAMES>)),
+"""
+LOADER = """\
+        (produce, (a_desc, b_desc, c_desc, d_desc, c_grain_desc, d_grain_desc, lse_ptr, delta_ptr,
+                   a_s, b_s, c_s, d_s, own_full, own_empty, c_full, d_full, empty, mail_full,
+                   mail_empty, mail, marks, lse_s, delta_s, items, share, members, heads, q_len,
+                   q_offset,
+                   <CONSTANT_NAMES>)),
+"""
+
 
 
 def emit_query_side(plan: Plan) -> str:
@@ -86,7 +100,11 @@ def _emit(plan: Plan, bounds: tuple[str, ...], places: tuple[Place, Place],
              *(("nothing = gl.to_tensor(0)",) if names == ["nothing"] else ()),
              f"return {', '.join(counts)}, ({', '.join(names)},)")
     which = "last" if order.startswith("light") else "first"
+    # every kernel has four first warps, which meet at a barrier before each copy: they load where
+    # a step takes two copies, and plan where it takes up to eight
+    first, last = (LOADER, PLANNER) if by_key else (PLANNER, LOADER)
     pieces = {
+        "        # <FIRST_WARPS>\n": first, "        # <LAST_WARP>\n": last,
         "<HEADER>\n": header_text(plan, by_key),
         "# <MASK_TILE>\n": mask_text(plan, words, by_key),
         "    # <BOUNDS>\n": indent(in_gluon(lines)),
