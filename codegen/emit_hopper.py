@@ -93,14 +93,26 @@ def partition_pieces(loaders: int) -> dict[str, str]:
     One loader brings keys and values in turns. Of two neither waits for the other: keys of the next
     step come before values of this one are asked for, which is the order in which both are used,
     and the places of an item's loose grains are worked out side by side. Either is a single warp,
-    which needs no barrier of four before each copy; planning has the time for those.
+    which needs no barrier of four before each copy; planning has the time for those. Keys come
+    early then, so the computing groups hand them back together with values: two barriers less a
+    step than one by one.
     """
     loads = ["1, 0", "0, 1"] if loaders == 2 else ["1, 1"]
     load = [LOADER.replace("<LOADS>", which) for which in loads]
     first, last = ([PLANNER], load) if loaders == 2 else (load, [PLANNER])
-    return {"<READERS>": str(2 + loaders), "        # <FIRST>\n": "".join(first),
-            "        # <LAST>\n": "".join(last), "<WARPS>": ", 1" * len(last),
-            "<LEAST>": ", 24" * len(last)}
+    pieces = {"# <KEYS_READ>": "mbarrier.arrive(k_empty.index(k_slot), count=1)",
+              "# <LAST_KEYS_READ>": "mbarrier.arrive(k_empty.index(k_slot), count=1, pred=more)"}
+    back = {"            # <KEYS_BACK>\n": "            mbarrier.arrive(k_done, count=1)\n",
+            "        # <KEYS_BACK>\n": "        mbarrier.arrive(k_done, count=1)\n",
+            "        # <LAST_KEYS_BACK>\n": "        mbarrier.arrive(k_done, count=1, pred=more)\n"}
+    if loaders == 2:
+        pieces = dict.fromkeys(pieces, "k_done = k_empty.index(k_slot)") | back
+    else:
+        pieces |= dict.fromkeys(back, "")
+    return pieces | {
+        "<READERS>": str(2 + loaders), "        # <FIRST>\n": "".join(first),
+        "        # <LAST>\n": "".join(last), "<WARPS>": ", 1" * len(last),
+        "<LEAST>": ", 24" * len(last)}
 
 
 def common_pieces(*plans: Plan, loaders: int) -> dict[str, str]:

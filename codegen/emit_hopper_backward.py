@@ -44,7 +44,6 @@ LOADER = """\
 """
 
 
-
 def emit_query_side(plan: Plan) -> str:
     """The file that computes dQ; `plan` is in grains of 32 keys."""
     order = "light - 1 - place" if plan.last_first else "place"
