@@ -196,3 +196,10 @@ def pick_backward(arch: str, head_dim: int, value_dim: int, item_size: int,
         return Config(64, 64, 8, 2), Config(32, 64, 8, 1)
     # a second stage of the walk by key tile spills on sm_90: dK, dV, P and dS fill the registers
     return Config(64, 64, 4, 2), Config(32, 64, 4 if size <= 64 else 8, 1)
+
+
+def score_config(config: Config) -> Config:
+    """The config of the kernels for score modifiers' data: no more rows than keys a tile. Small
+    tiles do not spill (compiled)."""
+    block = min(config.block_n, 32)
+    return replace(config, block_m=min(config.block_m, 16), block_n=block, warps=4, stages=1)

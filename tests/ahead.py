@@ -17,13 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from maskdsl.atoms import Causal
-from maskdsl.codegen.backward import (
-    GradientKernels,
-    TritonBackward,
-    backward_constants,
-    row_constants,
-    score_config,
-)
+from maskdsl.codegen.backward import GradientKernels, TritonBackward
+from maskdsl.codegen.backward_run import backward_constants, row_constants
 from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit import emit_kernels, emit_lister, merge_lists
 from maskdsl.codegen.emit_backward import key_parameters, query_parameters
@@ -33,7 +28,7 @@ from maskdsl.codegen.kernel import kernel_constants
 from maskdsl.codegen.lists import group_heads, parameters
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan, mean_row_width
-from maskdsl.codegen.tune import Config, pick_config
+from maskdsl.codegen.tune import Config, pick_config, score_config
 from maskdsl.expr import Mask
 from maskdsl.scores import ScoreMod
 from maskdsl.simplify import simplify
