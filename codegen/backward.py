@@ -84,6 +84,7 @@ class TritonBackward:
         """config: the tile of both walks, where the user chose one."""
         self.mask, self.chosen, self.scores = mask, config, scores
         self.kinds = sorted(group_heads(mask), key=lambda kind: -mean_row_width(kind[1]))
+        self.width = mean_row_width(self.kinds[0][1])
         self.made: dict[tuple[Config, Config], GradientKernels] = {}
 
     def configs(self, arch: str, head_dim: int, value_dim: int,
@@ -91,9 +92,9 @@ class TritonBackward:
         """The configs of the walks by query tile and by key tile."""
         if self.chosen is not None:
             return self.chosen, self.chosen
-        more = bool(self.scores) or len(self.kinds) > 1 or any(
-            sort_atoms(one).listed for _, one in self.kinds)
-        return pick_backward(arch, head_dim, value_dim, item_size, more)
+        more = len(self.kinds) > 1 or any(sort_atoms(one).listed for _, one in self.kinds)
+        return pick_backward(arch, head_dim, value_dim, item_size, more, self.width,
+                             bool(self.scores))
 
     def plans(self, config: Config) -> tuple[Plan, ...]:
         """A plan for each kind of head; all of them read one list of columns."""
@@ -142,8 +143,7 @@ class TritonBackward:
         if not tensors[0].numel() or not call.shape.kv_len:
             return (*(torch.zeros_like(t) for t in tensors[:3]), *without_keys(
                 self.scores, given, grad_lse))
-        return Run(self, call, tensors, grad_out, grad_lse, data or {}).gradients(
-            wanted, names)
+        return Run(self, call, tensors, grad_out, grad_lse, data or {}, wanted, names).gradients()
 
 
 @lru_cache(maxsize=256)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from maskdsl.codegen.backward_cut import Cut
 from maskdsl.codegen.emit import merge_lists
@@ -16,8 +17,11 @@ from maskdsl.codegen.kernel import (
     LOG2_E,
     arch_of,
     common_alignment,
+    describe,
+    fits_tma,
     kernel_constants,
     live_strides,
+    rebase,
     slot_arguments,
 )
 from maskdsl.codegen.row_tables import RowTables
@@ -38,19 +42,26 @@ class Run:
     """One backward pass: delta, then each gradient that is asked for."""
 
     def __init__(self, made: TritonBackward, call: Backward, tensors: tuple[Tensor, ...],
-                 grad_out: Tensor, grad_lse: Tensor | None, data: dict[str, Any]) -> None:
+                 grad_out: Tensor, grad_lse: Tensor | None, data: dict[str, Any],
+                 wanted: tuple[bool, bool], names: frozenset[str]) -> None:
+        """Arguments as of `TritonBackward.run`."""
         q, k, v, out, lse = tensors
+        self.wanted, self.names, self.grad = wanted, names, grad_out
         self.made, self.call, self.data = made, call, data
         self.q, self.k, self.v, self.lse = q, k, v, lse
         self.by_query, self.by_key = made.configs(arch_of(q.device), q.shape[3], v.shape[3],
                                                   q.dtype.itemsize)
         self.kernels = made.kernels(self.by_query, self.by_key)
-        self.fresh = {"dq": empty_rows(q), "dk": empty_rows(k), "dv": empty_rows(v)}
+        tables = any(isinstance(mod, RelativePosition) and mod.name in names
+                     for mod in made.scores)
+        self.fresh = {name: empty_rows(t) for name, t, asked in (
+            ("dq", q, wanted[0] or tables), ("dk", k, wanted[1]), ("dv", v, wanted[1])) if asked}
         strides = {name: live_strides(t) for name, t in (
             ("q", q), ("k", k), ("v", v), ("o", out), ("g", grad_out), *self.fresh.items())}
         self.align = common_alignment(list(strides.values()))
         self.constants = backward_constants(self.by_query, q.dtype, q.shape[3], v.shape[3],
                                             self.align)  # but for the tile those of all kernels
+        self.strides = strides
         self.steps = {name: [s // self.align for s in three] for name, three in strides.items()}
         batch, heads = q.shape[:2]
         shape = call.shape
@@ -65,16 +76,19 @@ class Run:
             out, grad_out, lse, self.delta if grad_lse is None else grad_lse, self.delta,
             *self.steps["o"], *self.steps["g"], batch * heads, heads, shape.q_len,
             **row_constants(v.shape[3], self.align, grad_lse is not None))
+        fits = {name: fits_tma(t, strides[name])
+                for name, t in (("q", q), ("k", k), ("v", v), ("g", grad_out))}
+        # modified scores of rows beyond the last may overflow, and inf * 0 is no 0
+        self.copied = fits["k"] and fits["v"], \
+            fits["q"] and fits["g"] and fits_rows(lse) and not made.scores
         self.inputs = (q, k, v, grad_out, lse, self.delta)
         self.shared = [s for name in "qkvg" for s in self.steps[name]]
         self.scores = score_arguments(made.scores, data, heads, q.device)
 
-    def gradients(self, wanted: tuple[bool, bool],
-                  names: frozenset[str]) -> tuple[Tensor | None, ...]:
+    def gradients(self) -> tuple[Tensor | None, ...]:
         """As `TritonBackward.run`."""
-        tables = any(isinstance(mod, RelativePosition) and mod.name in names
-                     for mod in self.made.scores)
-        ends = self.query_gradients() if wanted[0] or tables else {}
+        wanted, names = self.wanted, self.names
+        ends = self.query_gradients() if "dq" in self.fresh else {}
         more: dict[str, Any] = {}
         if wanted[1] or names - {mod.name for mod in self.made.scores
                                  if isinstance(mod, SinkLogits)}:
@@ -83,9 +97,31 @@ class Run:
             self.key_gradients(more)
         found = [self.data_gradient(i, mod, more, ends) if mod.name in names else None
                  for i, mod in enumerate(self.made.scores) if mod.name]
-        dq, dk, dv = (self.fresh[name] if asked else None for name, asked in
-                      (("dq", wanted[0]), ("dk", wanted[1]), ("dv", wanted[1])))
-        return dq, dk, dv, *found
+        dq = self.fresh["dq"] if wanted[0] else None
+        return dq, self.fresh.get("dk"), self.fresh.get("dv"), *found
+
+    def query_inputs(self) -> tuple[Any, ...]:
+        """The tensors that `query_gradients` reads; what the hardware copies, as descriptors."""
+        q, k, v, *rest = self.inputs
+        if not self.copied[0]:
+            return self.inputs
+        size = self.by_query.block_n
+        return (q, self.tiles_of(k, "k", size, "QK_BLOCK"), self.tiles_of(v, "v", size, "V_BLOCK"),
+                *rest)
+
+    def key_inputs(self) -> tuple[Any, ...]:
+        """The tensors that `key_gradients` reads; what the hardware copies, as descriptors."""
+        q, k, v, grad, *rows = self.inputs
+        if not self.copied[1]:
+            return self.inputs
+        size = self.by_key.block_m
+        return (self.tiles_of(q, "q", size, "QK_BLOCK"), k, v,
+                self.tiles_of(grad, "g", size, "V_BLOCK"),
+                *(describe_rows(t, size) for t in rows))
+
+    def tiles_of(self, t: Tensor, name: str, rows: int, size: str) -> Any:
+        """A descriptor of tiles of some rows of one head."""
+        return rebase(describe(t, self.strides[name], rows, self.constants[size]), t)
 
     def query_gradients(self) -> dict[str, Tensor]:
         """dQ; the sums of the ends of tables of distances, float32 [B, Hq, Lq] by name."""
@@ -99,9 +135,9 @@ class Run:
         cut, tiles = self.cuts[0], -(-shape.q_len // self.by_query.block_m)
         parts = self.room_for_parts(cut, self.by_query.block_m, self.sizes[0], "QK_BLOCK")
         query.forward[(cut.programs(tiles) * self.sizes[0],)](
-            *self.inputs, self.fresh["dq"], parts, *self.shared, *self.steps["dq"], *self.sizes,
-            *cut.numbers, **dict(zip((p.name for p in ours), more, strict=True)), **ends,
-            **self.scales, **self.options(self.by_query))
+            *self.query_inputs(), self.fresh["dq"], parts, *self.shared, *self.steps["dq"],
+            *self.sizes, *cut.numbers, **dict(zip((p.name for p in ours), more, strict=True)),
+            **ends, **self.scales, **self.options(self.by_query), USE_TMA=self.copied[0])
         self.add_parts(cut, self.by_query.block_m, parts, "dq", self.call.scale)
         return ends
 
@@ -144,20 +180,20 @@ class Run:
         """dK and dV; before them, what loose columns get."""
         kernels, config, shape = self.kernels, self.by_key, self.call.shape
         plans = tuple(one.plan for one in kernels.by_key)
-        heads = self.q.shape[0] * self.k.shape[1]
+        heads, inputs = self.q.shape[0] * self.k.shape[1], self.key_inputs()
         more = {p.name: data[p.name] for p in key_parameters(plans, kernels.heads)}
         if "columns_list" in more:
             kernels.module.column_gradients[
                 (-(-data["columns_capacity"] // config.block_n) * heads,)](
                 *self.inputs, *self.shared, *self.sizes, **more, **self.scales,
-                **self.options(config))
+                **self.options(config), USE_TMA=False)
         cut, tiles = self.cuts[1], -(-shape.kv_len // config.block_n)
         key_parts, value_parts = (self.room_for_parts(cut, config.block_n, heads, size)
                                   for size in ("QK_BLOCK", "V_BLOCK"))
         kernels.module.key_gradients[(cut.programs(tiles) * heads,)](
-            *self.inputs, self.fresh["dk"], self.fresh["dv"], key_parts, value_parts,
+            *inputs, self.fresh["dk"], self.fresh["dv"], key_parts, value_parts,
             *self.shared, *self.steps["dk"], *self.steps["dv"], *self.sizes, *cut.numbers, **more,
-            **self.scales, **self.options(config))
+            **self.scales, **self.options(config), USE_TMA=self.copied[1])
         self.add_parts(cut, config.block_n, key_parts, "dk", self.call.scale)
         self.add_parts(cut, config.block_n, value_parts, "dv", 1.0)
 
@@ -194,6 +230,17 @@ class Run:
         return {**backward_constants(config, self.q.dtype, self.q.shape[3], self.v.shape[3],
                                      self.align),
                 "num_warps": config.warps, "num_stages": config.stages}
+
+
+def fits_rows(t: Tensor) -> bool:
+    """Whether the hardware can copy stretches of the rows' numbers, float32 [B, H, L]: aligned."""
+    return t.data_ptr() % 16 == 0 and t.shape[2] % 4 == 0
+
+
+def describe_rows(t: Tensor, rows: int) -> TensorDescriptor:
+    """A descriptor of stretches of the rows' numbers, float32 [B, H, L]."""
+    heads, length = t.shape[0] * t.shape[1], t.shape[2]
+    return TensorDescriptor(t, [heads, length], [length, 1], [1, rows])
 
 
 def processors_of(device: torch.device) -> int:

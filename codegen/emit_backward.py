@@ -43,7 +43,6 @@ from maskdsl.codegen.row_bounds import KeyPlan
 from maskdsl.scores import RelativePosition, ScoreMod
 
 SHARED = ("floor_div", "modulo", "head_base", "load_tile")  # helpers that forward has too
-NO_TMA = tuple(line.replace("USE_TMA", "False") for line in LOADS)
 QUERY_STATE = frozenset({"acc"})
 STORE_QUERY = (
     "dq_base = head_base(dq_ptr, batch, head, dq_stride_b, dq_stride_h, ALIGN)",
@@ -51,9 +50,9 @@ STORE_QUERY = (
 )
 STORE_CUT_QUERY = (
     "if is_cut:",
-    f"{INDENT}place = part.to(tl.int64) * batch_heads + batch * heads + head",
-    f"{INDENT}place = (place * cut_count + q_tile - cut_first) * BLOCK_M",
-    f"{INDENT}store_part(dq_parts, place, acc, BLOCK_M, QK_BLOCK)",
+    f"{INDENT}group_at = part.to(tl.int64) * batch_heads + batch * heads + head",
+    f"{INDENT}part_at = (group_at * cut_count + q_tile - cut_first) * BLOCK_M",
+    f"{INDENT}store_part(dq_parts, part_at, acc, BLOCK_M, QK_BLOCK)",
     "else:",
     *(f"{INDENT}{line}" for line in STORE_QUERY),
 )
@@ -182,4 +181,4 @@ def query_step(scores: tuple[ScoreMod, ...], parts: bool = False) -> Step:
         keys = (KEYS,) if modify and not names_keys(test) else ()
         return (*test.loads, SCORES, *test.lines, *keys, *modify, live_weights, *gradient)
 
-    return Step(NO_TMA, full, masked, QUERY_STATE | frozenset(end_names(scores, "")), parts)
+    return Step(LOADS, full, masked, QUERY_STATE | frozenset(end_names(scores, "")), parts)

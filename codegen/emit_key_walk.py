@@ -14,12 +14,12 @@ from maskdsl.scores import ScoreMod
 KEY_STATE = frozenset({"key_acc", "value_acc"})
 ROW_LOADS = (
     "queries = load_tile(q_base, q_stride_l, batch, head, first_row, q_len, HEAD_DIM,",
-    "                    BLOCK_M, QK_BLOCK, ALIGN, False)",
+    "                    BLOCK_M, QK_BLOCK, ALIGN, USE_TMA)",
     "grads = load_tile(g_base, g_stride_l, batch, head, first_row, q_len, VALUE_DIM,",
-    "                  BLOCK_M, V_BLOCK, ALIGN, False)",
+    "                  BLOCK_M, V_BLOCK, ALIGN, USE_TMA)",
     "row = first_row + tl.arange(0, BLOCK_M)",
-    "lse = load_lse(lse_ptr, rows, row, q_len)",
-    "delta = tl.load(delta_ptr + rows + row, mask=row < q_len, other=0.0)",
+    "lse = load_lse(lse_ptr, head_at, first_row, row, q_len, BLOCK_M, USE_TMA)",
+    "delta = load_floats(delta_ptr, head_at, first_row, row, q_len, 0.0, BLOCK_M, USE_TMA)",
 )
 SCORES = "scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)"
 COLUMN_SETUP = (

@@ -175,11 +175,14 @@ def config_for_tile(tile: tuple[int, int]) -> Config:
 
 
 def pick_backward(arch: str, head_dim: int, value_dim: int, item_size: int,
-                  more: bool = False) -> tuple[Config, Config]:
-    """The configs of the gradients by query tile and by key tile: large tiles that do not spill
-    (compiled for sm_80 and sm_90); not measured.
+                  more: bool = False, width: float = 0.0,
+                  scored: bool = False) -> tuple[Config, Config]:
+    """The configs of the gradients by query tile and by key tile: large tiles whose loops stay in
+    registers (compiled; what is spilled around them costs little); not measured.
 
-    more  lists, kinds of heads or score modifiers take registers of their own
+    more    lists or kinds of heads take registers of their own
+    width   mean live keys per row of a long call
+    scored  and so do score modifiers
     """
     size = max(head_dim, value_dim)
     if arch == "cpu" or not arch.startswith("sm_"):
@@ -190,12 +193,19 @@ def pick_backward(arch: str, head_dim: int, value_dim: int, item_size: int,
     if size > 128:  # 64 rows spill on sm_90, and 32 take no wgmma
         return Config(32, 32, 8, 1), Config(32, 32, 8, 1)
     if int(arch[3:]) < 90:
-        small_keys = more or size <= 64
+        small_keys = more or scored or size <= 64
         return Config(32, 64, 8, 2), Config(32, 32, 4, 1) if small_keys else Config(32, 64, 8, 2)
-    if more:  # token lists, and PerHead with lists, spill 24 to 60 bytes at head dimension 128
+    if arch.startswith("sm_12"):  # 64 rows spill
+        return Config(32, 64, 8, 2), Config(32, 64, 8, 1 if more or scored else 2)
+    if scored or (more and arch != "sm_90"):
         return Config(64, 64, 8, 2), Config(32, 64, 8, 1)
-    # a second stage of the walk by key tile spills on sm_90: dK, dV, P and dS fill the registers
-    return Config(64, 64, 4, 2), Config(32, 64, 4 if size <= 64 else 8, 1)
+    if arch != "sm_90":
+        return Config(64, 64, 4, 2), Config(32, 64, 8, 2)
+    if more:
+        return Config(64, 64, 8, 2), Config(64, 64, 8, 2)
+    if width >= DENSE_WIDTH:
+        return Config(128, 64, 8, 2), Config(64, 128, 8, 2)
+    return Config(64, 64, 4, 2), Config(64, 64, 4, 2)
 
 
 def score_config(config: Config) -> Config:
