@@ -78,9 +78,11 @@ class Run:
             **row_constants(v.shape[3], self.align, grad_lse is not None))
         fits = {name: fits_tma(t, strides[name])
                 for name, t in (("q", q), ("k", k), ("v", v), ("g", grad_out))}
-        # modified scores of rows beyond the last may overflow, and inf * 0 is no 0
-        self.copied = fits["k"] and fits["v"], \
-            fits["q"] and fits["g"] and fits_rows(lse) and not made.scores
+        # Copies are for loops that run ahead of them. Modified scores of rows beyond the last may
+        # overflow, and inf * 0 is not 0.
+        self.copied = (fits["k"] and fits["v"] and self.by_query.stages > 1,
+                       fits["q"] and fits["g"] and fits_rows(lse) and not made.scores
+                       and self.by_key.stages > 1)
         self.inputs = (q, k, v, grad_out, lse, self.delta)
         self.shared = [s for name in "qkvg" for s in self.steps[name]]
         self.scores = score_arguments(made.scores, data, heads, q.device)

@@ -101,7 +101,7 @@ def compile_backward(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, v
         constants = row_constants(value_dim, 16, True) if name == "sum_rows" else \
             backward_constants(config, dtype, head_dim, value_dim, 16)
         if name in WALKS:
-            constants["USE_TMA"] = tma and chip in COPIES_TILES and \
+            constants["USE_TMA"] = tma and chip in COPIES_TILES and config.stages > 1 and \
                 name != "column_gradients" and not (scores and name == "key_gradients")
         found[name] = compile_kernel(chip, getattr(kernels.module, name), dtype, constants, config,
                                      kernels, bool(kernels.heads))
