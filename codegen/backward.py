@@ -67,7 +67,7 @@ class GradientKernels:
         heads      query heads, key/value heads
         row_bytes  bytes of the float32 sums of a query row and of a key
         """
-        key = (shape, batch, heads, processors)
+        key = (shape, batch, heads, processors, row_bytes)
         if key not in self.cuts:
             if len(self.cuts) >= CUTS_KEPT:
                 self.cuts.clear()
