@@ -24,6 +24,7 @@ from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan, mean_row_width
 from maskdsl.codegen.row_bounds import KeyPlan, make_key_plan
 from maskdsl.codegen.tune import Config, pick_backward, score_config
+from maskdsl.dynamic import TokenTopK, slots_of
 from maskdsl.expr import Mask
 from maskdsl.scores import ScoreMod
 from maskdsl.settings import debug
@@ -93,8 +94,9 @@ class TritonBackward:
         if self.chosen is not None:
             return self.chosen, self.chosen
         more = len(self.kinds) > 1 or any(sort_atoms(one).listed for _, one in self.kinds)
+        by_row = any(isinstance(atom, TokenTopK) for atom in slots_of(self.mask))
         return pick_backward(arch, head_dim, value_dim, item_size, more, self.width,
-                             bool(self.scores))
+                             by_row or bool(self.scores))
 
     def plans(self, config: Config) -> tuple[Plan, ...]:
         """A plan for each kind of head; all of them read one list of columns."""
