@@ -1,24 +1,30 @@
 """How fast is the backward pass of a triangle, beside FlexAttention's on the same mask?
 
 Each row is the time of the gradients of q, k and v alone, and of forward and backward together, all
-in one run; 32K tokens. A kernel whose gradients differ from ours has no time.
+in one run; 32K tokens. A kernel whose gradients differ from ours has no time. cuDNN's flexible
+attention and, without a mask, FlashAttention 4 and cuDNN through SDPA take part where they are
+installed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 import maskdsl
-from benchmarks.cases import TRIANGLES, Pattern
+from benchmarks.cases import TRIANGLES, Case, Pattern
 from benchmarks.measure import DIM, HEADS, Report, make_inputs, time_ms
+from benchmarks.peer_fa4 import FlashAttention4
 from benchmarks.peer_flex import mask_mod
+from benchmarks.peers import turn
 
 LENGTH = 32768
 WRONG = 0.02  # relative difference of a gradient, bfloat16
 Run = Callable[..., torch.Tensor]
+FAILURES = (RuntimeError, ValueError, TypeError, ImportError)
 
 
 def gradient_flops(pattern: Pattern, length: int) -> float:
@@ -37,14 +43,69 @@ def flex_call(pattern: Pattern, length: int) -> Run:
     return lambda q, k, v: flex(q, k, v, block_mask=tables, enable_gqa=True)
 
 
+def cudnn_call(pattern: Pattern, length: int) -> Run:
+    """cuDNN's flexible attention; its plan is made at the first call."""
+    from cudnn.flex_attention import create_mask_plan, flex_attn_func
+
+    plans: list[Any] = []
+
+    def call(*leaves: torch.Tensor) -> torch.Tensor:
+        turned = turn(leaves)
+        if not plans:
+            intervals = pattern.intervals(length, leaves[0].device)[None]
+            plans.append(create_mask_plan(intervals, *turned, build_backward=True))
+        out = flex_attn_func(*turned, mask_plan=plans[0])
+        found: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return found.transpose(1, 2)
+
+    return call
+
+
+def fa4_call(pattern: Pattern, length: int) -> Run:
+    """FlashAttention 4, dense causal."""
+    def call(*leaves: torch.Tensor) -> torch.Tensor:
+        ready = FlashAttention4().ready(Case(pattern, length), leaves, 0.0)
+        found: torch.Tensor = ready.output(ready.run())
+        return found
+
+    return call
+
+
+def sdpa_call() -> Run:
+    """cuDNN through PyTorch, dense causal."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def call(*leaves: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(
+                *leaves, is_causal=True, enable_gqa=True)
+
+    return call
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be found, packages above it included."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def kernels_of(pattern: Pattern, length: int) -> dict[str, Callable[[], Run]]:
     """What is compared: ours first, the portable kernel by its name."""
-    return {
+    found: dict[str, Callable[[], Run]] = {
         "maskdsl, portable": lambda: maskdsl.compile(pattern.mask, backend="triton",
                                                      backward=True),
         "maskdsl, default": lambda: maskdsl.compile(pattern.mask, backward=True),
         "FlexAttention": lambda: flex_call(pattern, length),
     }
+    if is_installed("cudnn.flex_attention"):
+        found["cuDNN flex_attention"] = lambda: cudnn_call(pattern, length)
+    if pattern.window is None:
+        found["cuDNN through SDPA"] = sdpa_call
+        if is_installed("flash_attn.cute"):
+            found["FlashAttention 4"] = lambda: fa4_call(pattern, length)
+    return found
 
 
 def measure(run: Run, leaves: tuple[torch.Tensor, ...],
@@ -72,10 +133,12 @@ def run(report: Report) -> None:
         expected: tuple[torch.Tensor, ...] = ()
         ours = 0.0
         for name, make in kernels_of(pattern, LENGTH).items():
+            if report.is_late(f"{name} on {pattern.key}"):
+                continue
             row: dict[str, Any] = {"mask": pattern.key, "length": LENGTH, "kernel": name}
             try:
                 found, times = measure(make(), leaves, grad)
-            except (RuntimeError, ValueError) as error:  # one kernel must not cost the others
+            except FAILURES as error:  # one kernel must not cost the others
                 report.add(**row, failed=f"{type(error).__name__}: {error}"[:200])
                 continue
             expected = expected or found

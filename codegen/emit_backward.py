@@ -43,8 +43,52 @@ from maskdsl.codegen.row_bounds import KeyPlan
 from maskdsl.scores import RelativePosition, ScoreMod
 
 SHARED = ("floor_div", "modulo", "head_base", "load_tile")  # helpers that forward has too
-NO_TMA = tuple(line.replace("USE_TMA", "False") for line in LOADS)
 QUERY_STATE = frozenset({"acc"})
+STORE_QUERY = (
+    "dq_base = head_base(dq_ptr, batch, head, dq_stride_b, dq_stride_h, ALIGN)",
+    "store_tile(dq_base, dq_stride_l, row, q_len, acc * scale, HEAD_DIM, QK_BLOCK, ALIGN)",
+)
+STORE_CUT_QUERY = (
+    "if is_cut:",
+    f"{INDENT}group_at = part.to(tl.int64) * batch_heads + batch * heads + head",
+    f"{INDENT}part_at = (group_at * cut_count + q_tile - cut_first) * BLOCK_M",
+    f"{INDENT}store_part(dq_parts, part_at, acc, BLOCK_M, QK_BLOCK)",
+    "else:",
+    *(f"{INDENT}{line}" for line in STORE_QUERY),
+)
+
+
+def cuts_queries(plans: tuple[Plan, ...], heads: tuple[int, ...]) -> bool:
+    """Whether `query_gradients` can cut query tiles: not where lists or kinds of heads order them,
+    or where rows of theirs are summed up for the ends of a table."""
+    return not (heads or plans[0].lists.listed or end_names(plans[0].scores, ""))
+
+
+def query_order_text(plans: tuple[Plan, ...], heads: tuple[int, ...]) -> str:
+    """As `tile_order_text`, cut tiles before all others."""
+    if not cuts_queries(plans, heads):
+        return tile_order_text(plans, heads)
+    last_first = plans[0].last_first
+    return indent((
+        "slot = program // batch_heads",
+        f"# heavy query tiles first, part by part; then the {'last' if last_first else 'first'}, "
+        "which see most keys",
+        *cut_order("q_tile", "tl.cdiv(q_len, BLOCK_M)", last_first)[1:],
+        "batch = program % batch_heads // heads", "head = program % heads"))
+
+
+def cut_order(tile: str, tiles: str, last_first: bool) -> tuple[str, ...]:
+    """Lines that lead from `slot` to a tile, and to the part of its steps; a comment first."""
+    place = "slot - cut_count * cut_parts"
+    if last_first:
+        place = f"{tiles} - 1 - slot + cut_count * (cut_parts - 1)"
+    return ("# heavy tiles first, part by part; then the others in order",
+            "is_cut = slot < cut_count * cut_parts",
+            "parts = tl.where(is_cut, cut_parts, 1)",
+            "part = tl.where(is_cut, slot % cut_parts, 0)",
+            f"place = {place}",
+            f"{tile} = tl.where(is_cut, cut_first + slot // cut_parts,",
+            f"{' ' * len(tile)}          place + tl.where(place >= cut_first, cut_count, 0))")
 
 
 def query_parameters(plans: tuple[Plan, ...], heads: tuple[int, ...]) -> list[Parameter]:
@@ -90,14 +134,18 @@ def emit_backward(plans: tuple[Plan, ...], by_key: tuple[KeyPlan, ...],
         "# <HELPERS>\n": helpers,
         "<QUERY_NAMES>": names_text(query),
         "<QUERY_PARAMETERS>": parameters_text(query, 20),
-        f"{INDENT}# <TILE_ORDER>\n": tile_order_text(plans, heads),
+        f"{INDENT}# <TILE_ORDER>\n": query_order_text(plans, heads),
         f"{INDENT}# <START_ENDS>\n": indent(tuple(
             f"{name} = tl.zeros([BLOCK_M], tl.float32)" for name in end_names(scores, ""))),
         f"{INDENT}# <QUERY_SLOTS>\n": indent(tuple(setup_lines(lists))),
-        f"{INDENT}# <QUERY_WALK>\n": walk_text(plans, heads, query_step(scores)),
+        f"{INDENT}# <QUERY_WALK>\n": walk_text(
+            plans, heads, query_step(scores, cuts_queries(plans, heads))),
         f"{INDENT}# <STORE_ENDS>\n": indent(tuple(
             f"tl.store({name}_ptr + rows + row, {name}, mask=row < q_len)"
             for name in end_names(scores, ""))),
+        f"{INDENT}# <STORE_QUERY>\n": indent(
+            STORE_CUT_QUERY if cuts_queries(plans, heads) else STORE_QUERY),
+        f"{INDENT}# <KEY_ORDER>\n": indent(cut_order("k_tile", "tl.cdiv(kv_len, BLOCK_N)", False)),
         "<KEY_NAMES>": names_text(key),
         "<KEY_PARAMETERS>": parameters_text(key, 18),
         f"{INDENT}# <COLUMN_SUMS>\n": indent(column_sums(lists)),
@@ -116,8 +164,8 @@ def end_names(scores: tuple[ScoreMod, ...], suffix: str) -> list[str]:
             if isinstance(mod, RelativePosition) for end in ("low", "high")]
 
 
-def query_step(scores: tuple[ScoreMod, ...]) -> Step:
-    """What dQ takes from a key tile."""
+def query_step(scores: tuple[ScoreMod, ...], parts: bool = False) -> Step:
+    """What dQ takes from a key tile; parts: each program a part of its loops."""
     gradient = (
         "grad_scores = tl.dot(grads, tl.trans(values), input_precision=PRECISION)",
         "grad_scores = weights * (grad_scores - delta[:, None])",
@@ -133,4 +181,4 @@ def query_step(scores: tuple[ScoreMod, ...]) -> Step:
         keys = (KEYS,) if modify and not names_keys(test) else ()
         return (*test.loads, SCORES, *test.lines, *keys, *modify, live_weights, *gradient)
 
-    return Step(NO_TMA, full, masked, QUERY_STATE | frozenset(end_names(scores, "")))
+    return Step(LOADS, full, masked, QUERY_STATE | frozenset(end_names(scores, "")), parts)

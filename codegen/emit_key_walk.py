@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from maskdsl.codegen.emit_rows import LIST_SETUP, lists_rows, loop_setup, outside_text
 from maskdsl.codegen.emit_scores import Spots, back_lines, score_lines, weight_text
-from maskdsl.codegen.emit_walk import indent, loop_names, virtual_lines
+from maskdsl.codegen.emit_walk import indent, loop_names, range_text, virtual_lines
 from maskdsl.codegen.listing import Lists, Parameter, Segment
 from maskdsl.codegen.members import LANES, live_lines, test_loose, test_static
 from maskdsl.codegen.plan import Plan
@@ -14,12 +14,12 @@ from maskdsl.scores import ScoreMod
 KEY_STATE = frozenset({"key_acc", "value_acc"})
 ROW_LOADS = (
     "queries = load_tile(q_base, q_stride_l, batch, head, first_row, q_len, HEAD_DIM,",
-    "                    BLOCK_M, QK_BLOCK, ALIGN, False)",
+    "                    BLOCK_M, QK_BLOCK, ALIGN, USE_TMA)",
     "grads = load_tile(g_base, g_stride_l, batch, head, first_row, q_len, VALUE_DIM,",
-    "                  BLOCK_M, V_BLOCK, ALIGN, False)",
+    "                  BLOCK_M, V_BLOCK, ALIGN, USE_TMA)",
     "row = first_row + tl.arange(0, BLOCK_M)",
-    "lse = load_lse(lse_ptr, rows, row, q_len)",
-    "delta = tl.load(delta_ptr + rows + row, mask=row < q_len, other=0.0)",
+    "lse = load_lse(lse_ptr, head_at, first_row, row, q_len, BLOCK_M, USE_TMA)",
+    "delta = load_floats(delta_ptr, head_at, first_row, row, q_len, 0.0, BLOCK_M, USE_TMA)",
 )
 SCORES = "scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)"
 COLUMN_SETUP = (
@@ -28,7 +28,7 @@ COLUMN_SETUP = (
     "                            columns_before + columns_at * columns_words, key, columns_words)",
     "columns_place += (batch * kv_heads + kv_head).to(tl.int64) * columns_capacity",
     "columns_held = has_bit(columns_marks + columns_at * columns_words, key, columns_words)",
-    "columns_held = (columns_held & (key < kv_len))[:, None]",
+    "columns_held = (columns_held & (key < kv_len) & (part == 0))[:, None]",
     "key_acc = tl.load(column_dk + columns_place[:, None] * QK_BLOCK +",
     "                  tl.arange(0, QK_BLOCK)[None, :], mask=columns_held, other=0.0)",
     "value_acc = tl.load(column_dv + columns_place[:, None] * V_BLOCK +",
@@ -132,12 +132,15 @@ def listed_walk(by_key: KeyPlan) -> str:
         loops.insert(0, ("FULL", "rows_first", "rows_middle",
                          key_step(plan.scores, (), (), False)))
     for what, start, stop, step in loops:
+        first, last = f"{start}_part", f"{stop}_part"
         text += indent((f"# {what} tiles listed in {names}",
-                        f"listed = tl.load(rows_here + {start}, mask={start} < {stop}, other=0)",
-                        f"for i in tl.range({start}, {stop}, num_stages=STAGES):"), 2)
+                        f"{first} = {start} + ({stop} - {start}) * part // parts",
+                        f"{last} = {start} + ({stop} - {start}) * (part + 1) // parts",
+                        f"listed = tl.load(rows_here + {first}, mask={first} < {last}, other=0)",
+                        f"for i in tl.range({first}, {last}, num_stages=STAGES):"), 2)
         text += indent(("q_tile = listed", "first_row = q_tile * BLOCK_M",
                         "p_first = q_offset + first_row",
-                        f"listed = tl.load(rows_here + i + 1, mask=i + 1 < {stop}, other=0)",
+                        f"listed = tl.load(rows_here + i + 1, mask=i + 1 < {last}, other=0)",
                         *step), 3) + "\n"
     return text
 
@@ -180,5 +183,5 @@ def loop_head(name: str, segments: tuple[Segment, ...],
               comment: str) -> tuple[str, tuple[str, ...]]:
     """(the tile of step i, all lines up to and with the `for`) of one loop."""
     setup, tile = virtual_lines(name, segments)
-    return tile, (f"# {comment}", *setup, f"for i in tl.range(0, {name}_count"
-                         f"{len(segments) - 1}, num_stages=STAGES):")
+    steps = range_text(f"{name}_count{len(segments) - 1}", True)
+    return tile, (f"# {comment}", *setup, f"for i in tl.range({steps}, num_stages=STAGES):")

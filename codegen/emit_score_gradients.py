@@ -41,6 +41,7 @@ BIAS_STORE = (
 TABLE_TEXT = """One program: BLOCK_N neighbouring distances of a table, none of them its ends, for
     the heads that share it; float32. All pairs of these distances lie in two tiles of keys a query
     tile; row i of it has distance j in column i + j, BLOCK_M <= BLOCK_N."""
+LOADS = tuple(line.replace("USE_TMA", "False") for line in ROW_LOADS)
 TABLE_START = ("acc = tl.zeros([BLOCK_N], tl.float32)",)
 
 
@@ -105,7 +106,7 @@ def pair_lines(plan: Plan, test: Test, i: int) -> tuple[str, ...]:
 def bias_walk(plan: Plan, i: int) -> str:
     """One head's part of a tile of a bias."""
     lanes = LANES[1:] if plan.lists.listed else ()
-    return indent((*lanes, *ROW_LOADS, *pair_lines(plan, test_static(plan), i),
+    return indent((*lanes, *LOADS, *pair_lines(plan, test_static(plan), i),
                    "acc += grad_scores"), 2)
 
 
@@ -113,7 +114,7 @@ def table_walk(plan: Plan, i: int) -> str:
     """One head's part of some distances."""
     loop = ("for i in tl.range(0, tl.cdiv(q_len, BLOCK_M)):",)
     head = ("q_tile = tl.zeros([], tl.int32) + i",
-            "first_row = q_tile * BLOCK_M", "p_first = q_offset + first_row", *ROW_LOADS,
+            "first_row = q_tile * BLOCK_M", "p_first = q_offset + first_row", *LOADS,
             "for half in tl.static_range(2):")
     step = ("start = p_first + nearest + half * BLOCK_N", "column = start + tl.arange(0, BLOCK_N)",
             *pair_lines(plan, test_any(plan, []), i),

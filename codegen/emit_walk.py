@@ -48,12 +48,21 @@ class Step:
     full    the rest, every pair live
     masked  the rest, with a test of pairs
     state   the variables that steps hand on
+    parts   a program takes the part `part` of `parts` of each loop over tiles known before a call
     """
 
     loads: tuple[str, ...]
     full: Callable[[Plan], tuple[str, ...]]
     masked: Callable[[Plan, Test], tuple[str, ...]]
     state: frozenset[str]
+    parts: bool = False
+
+
+def range_text(count: str, parts: bool) -> str:
+    """The steps of a loop of `count`: all, or the program's part of them."""
+    if not parts:
+        return f"0, {count}"
+    return f"{count} * part // parts, {count} * (part + 1) // parts"
 
 
 def indent(lines: tuple[str, ...], levels: int = 1) -> str:
@@ -136,8 +145,9 @@ def full_loop_text(plan: Plan, step: Step) -> str:
     if not plan.full:
         return indent(("# no key tile can be live throughout: there is no FULL loop",))
     setup, tile = virtual_lines("full", plan.full)
+    steps = range_text(f"full_count{len(plan.full) - 1}", step.parts)
     before = indent((f"# FULL tiles of {loop_names(plan, False)}", *setup,
-                     f"for i in tl.range(0, full_count{len(plan.full) - 1}, num_stages=STAGES):"))
+                     f"for i in tl.range({steps}, num_stages=STAGES):"))
     return before + indent((f"start = ({tile}) * BLOCK_N", *step.loads, *step.full(plan)), 2)
 
 
@@ -148,10 +158,10 @@ def masked_loop_text(plan: Plan, step: Step) -> str:
             plan.lists.listed else indent(("# the mask is empty: there is no MASKED loop",))
     setup, tile = virtual_lines("masked", plan.masked)
     sieve = plan.sieve
+    steps = range_text(f"masked_count{len(plan.masked) - 1}", step.parts)
     before = indent((f"# MASKED tiles of {loop_names(plan, True)}", *setup,
                      *(sieve.setup if sieve else ()),
-                     f"for i in tl.range(0, masked_count{len(plan.masked) - 1}, "
-                     "num_stages=STAGES):"))
+                     f"for i in tl.range({steps}, num_stages=STAGES):"))
     lines = (*step.loads, *step.masked(plan, test_static(plan)))
     if sieve is None:
         return before + indent((f"start = ({tile}) * BLOCK_N", *lines), 2)

@@ -140,8 +140,8 @@ class Plan:
     def sift(self, values: dict[str, Any], tiles: Ints) -> npt.NDArray[np.bool_]:
         """The sieve on every (query tile, key tile), bool."""
         assert self.sieve is not None
-        table = {name: value[:, None] if np.ndim(value) == 1 else value
-                 for name, value in values.items()}
+        table = {name: value[:, None] if np.ndim(value) == 1 and not name.startswith("slot_")
+                 else value for name, value in values.items()}  # not what positions look up in
         exec("\n".join(self.sieve.setup), table)
         start = tiles * self.block_n
         table |= {"tile": tiles, "start": start,

@@ -175,24 +175,41 @@ def config_for_tile(tile: tuple[int, int]) -> Config:
 
 
 def pick_backward(arch: str, head_dim: int, value_dim: int, item_size: int,
-                  more: bool = False) -> tuple[Config, Config]:
-    """The configs of the gradients by query tile and by key tile: large tiles that do not spill
-    (compiled for sm_80 and sm_90); not measured.
+                  more: bool = False, width: float = 0.0,
+                  small: bool = False) -> tuple[Config, Config]:
+    """The configs of the gradients by query tile and by key tile: large tiles whose loops stay in
+    registers (compiled; what is spilled around them costs little); not measured.
 
-    more  lists, kinds of heads or score modifiers take registers of their own
+    more    lists or kinds of heads take registers of their own
+    width   mean live keys per row of a long call
+    small   score modifiers, or lists for every row, take even more
     """
     size = max(head_dim, value_dim)
     if arch == "cpu" or not arch.startswith("sm_"):
         return Config(32, 32, 4, 1), Config(32, 32, 4, 1)
     if item_size == 4:
-        small = Config(16, 16, 8, 1)
-        return (Config(32, 32, 8, 1),) * 2 if size <= 64 else (small, small)
+        least = Config(16, 16, 8, 1)
+        return (Config(32, 32, 8, 1),) * 2 if size <= 64 else (least, least)
     if size > 128:  # 64 rows spill on sm_90, and 32 take no wgmma
         return Config(32, 32, 8, 1), Config(32, 32, 8, 1)
     if int(arch[3:]) < 90:
-        small_keys = more or size <= 64
+        small_keys = more or small or size <= 64
         return Config(32, 64, 8, 2), Config(32, 32, 4, 1) if small_keys else Config(32, 64, 8, 2)
-    if more:  # token lists, and PerHead with lists, spill 24 to 60 bytes at head dimension 128
+    if arch.startswith("sm_12"):  # 64 rows spill
+        return Config(32, 64, 8, 2), Config(32, 64, 8, 1 if more or small else 2)
+    if small or (more and arch != "sm_90"):
         return Config(64, 64, 8, 2), Config(32, 64, 8, 1)
-    # a second stage of the walk by key tile spills on sm_90: dK, dV, P and dS fill the registers
-    return Config(64, 64, 4, 2), Config(32, 64, 4 if size <= 64 else 8, 1)
+    if arch != "sm_90":
+        return Config(64, 64, 4, 2), Config(32, 64, 8, 2)
+    if more:
+        return Config(64, 64, 8, 2), Config(64, 64, 8, 2)
+    if width >= DENSE_WIDTH:
+        return Config(128, 64, 8, 2), Config(64, 128, 8, 2)
+    return Config(64, 64, 4, 2), Config(64, 64, 4, 2)
+
+
+def score_config(config: Config) -> Config:
+    """The config of the kernels for score modifiers' data: no more rows than keys a tile. Small
+    tiles do not spill (compiled)."""
+    block = min(config.block_n, 32)
+    return replace(config, block_m=min(config.block_m, 16), block_n=block, warps=4, stages=1)

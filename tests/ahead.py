@@ -17,13 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from maskdsl.atoms import Causal
-from maskdsl.codegen.backward import (
-    GradientKernels,
-    TritonBackward,
-    backward_constants,
-    row_constants,
-    score_config,
-)
+from maskdsl.codegen.backward import GradientKernels, TritonBackward
+from maskdsl.codegen.backward_run import backward_constants, row_constants
 from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit import emit_kernels, emit_lister, merge_lists
 from maskdsl.codegen.emit_backward import key_parameters, query_parameters
@@ -33,7 +28,7 @@ from maskdsl.codegen.kernel import kernel_constants
 from maskdsl.codegen.lists import group_heads, parameters
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan, mean_row_width
-from maskdsl.codegen.tune import Config, pick_config
+from maskdsl.codegen.tune import Config, pick_config, score_config
 from maskdsl.expr import Mask
 from maskdsl.scores import ScoreMod
 from maskdsl.simplify import simplify
@@ -50,6 +45,7 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448,
                 "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}  # bytes
 COPIES_TILES = ("sm_90", "sm_100", "sm_120")  # chips with TMA
+WALKS = ("query_gradients", "key_gradients", "column_gradients")
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -60,6 +56,7 @@ class Compiled:
     shared: int  # bytes
     spills: int  # bytes (NVIDIA) or registers (AMD) spilled
     text: str  # PTX or AMD assembly
+    in_loops: int = 0  # `local_accesses`, where they were counted
 
 
 def compile_for(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int = 0, *,
@@ -86,8 +83,9 @@ def compile_for(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_
 
 def compile_backward(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, *,
                      causal: bool = True, configs: tuple[Config, Config] | None = None,
-                     scores: tuple[ScoreMod, ...] = ()) -> dict[str, Compiled]:
-    """Compile the gradients' kernels of a mask for one chip, in their default configs."""
+                     scores: tuple[ScoreMod, ...] = (), tma: bool = True) -> dict[str, Compiled]:
+    """Compile the gradients' kernels of a mask for one chip, in their default configs; tma as in
+    `compile_for`."""
     backward = TritonBackward(simplify(Causal() & mask if causal else mask), None, scores)
     by_query, by_key = configs or backward.configs(chip, head_dim, value_dim, dtype.itemsize)
     kernels = backward.kernels(by_query, by_key)
@@ -102,6 +100,9 @@ def compile_backward(chip: str, mask: Mask, dtype: torch.dtype, head_dim: int, v
             config = score_config(by_key)
         constants = row_constants(value_dim, 16, True) if name == "sum_rows" else \
             backward_constants(config, dtype, head_dim, value_dim, 16)
+        if name in WALKS:
+            constants["USE_TMA"] = tma and chip in COPIES_TILES and config.stages > 1 and \
+                name != "column_gradients" and not (scores and name == "key_gradients")
         found[name] = compile_kernel(chip, getattr(kernels.module, name), dtype, constants, config,
                                      kernels, bool(kernels.heads))
     for i, lister in enumerate(kernels.listers):
@@ -123,7 +124,8 @@ def compile_kernel(chip: str, kernel_of: Any, dtype: torch.dtype, constants: dic
     kernel = triton.compile(source, target=TARGETS[chip],
                             options={"num_warps": config.warps, "num_stages": config.stages})
     text = kernel.asm["ptx"]
-    return Compiled(kernel.metadata.shared, count_spills(chip, text, serial), text)
+    return Compiled(kernel.metadata.shared, count_spills(chip, text, serial), text,
+                    local_accesses(kernel.asm["cubin"]))
 
 
 def pointers_of(plans: list[Plan]) -> set[str]:
@@ -152,12 +154,19 @@ def signature_of(forward: Any, dtype: torch.dtype, constants: dict[str, Any],
              "out_ptr": f"*{name}", "lse_ptr": "*fp32", "scale": "fp32",
              "scale_log2": "fp32", "delta_ptr": "*fp32", "lse_grad_ptr": "*fp32"}
     types |= {f"{which}_ptr": f"*{name}" for which in ("grad", "dq", "dk", "dv")}
+    types |= {f"{which}_parts": "*fp32" for which in ("dq", "dk", "dv")}
     types |= {p: "*fp32" if p.startswith(("score", "column_d")) else "*i32" for p in pointers}
     types["data_grad_ptr"] = "*fp32"
     types |= {"union_key_rows": f"*{name}", "union_value_rows": f"*{name}"}
-    if constants.get("USE_TMA"):
+    if constants.get("USE_TMA") and "column_dk" not in forward.arg_names and \
+            "dk_ptr" not in forward.arg_names:
         for arg, block in (("k_base", "QK_BLOCK"), ("v_base", "V_BLOCK")):
             types[arg] = f"tensordesc<{name}[1, 1, {constants['BLOCK_N']}, {constants[block]}]>"
+    elif constants.get("USE_TMA"):  # of the walk by key tile
+        for arg, block in (("q_ptr", "QK_BLOCK"), ("grad_ptr", "V_BLOCK")):
+            types[arg] = f"tensordesc<{name}[1, 1, {constants['BLOCK_M']}, {constants[block]}]>"
+        for arg in ("lse_ptr", "delta_ptr"):
+            types[arg] = f"tensordesc<fp32[1, {constants['BLOCK_M']}]>"
     signature, attributes = {}, {}
     for i, arg in enumerate(forward.arg_names):
         if arg in constants:
@@ -274,18 +283,40 @@ def compile_gluon(forward: Any, dtype: torch.dtype, blocks: dict[str, tuple[int,
 
 def loops_of(cubin: bytes) -> list[list[str]]:
     """The innermost loops with tensor core products, each a list of opcodes."""
+    found = machine_code(cubin)
+    bodies = [[op.split()[0] for place, op in found if start <= place <= stop]
+              for start, stop in back_branches(found)]
+    return [body for body in bodies if count_products(body) in range(1, 33)]
+
+
+def local_accesses(cubin: bytes) -> int:
+    """The most loads and stores of local memory, where spilled registers go, in one loop with
+    tensor core products that holds no other such loop."""
+    found = machine_code(cubin)
+    spans = [(start, stop) for start, stop in back_branches(found)
+             if count_products([op for place, op in found if start <= place <= stop])]
+    inner = [a for a in spans if not any(a[0] < b[0] and b[1] < a[1] for b in spans)]
+    return max((sum(op.startswith(("LDL", "STL")) for place, op in found if start <= place <= stop)
+                for start, stop in inner), default=0)
+
+
+def machine_code(cubin: bytes) -> list[tuple[int, str]]:
+    """(address, instruction without its predicate) of all instructions."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         run = subprocess.run([knobs.nvidia.cuobjdump.path, "-sass", str(path)],
                              capture_output=True, text=True, check=True)
-    found = [(int(at, 16), text) for at, text in
-             re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\d+ +)?([^;]+);", run.stdout)]
-    loops = []
-    for at, text in found:
-        back = re.search(r"^BRA.*0x([0-9a-f]+)", text)
-        if back and int(back[1], 16) < at:
-            body = [op.split()[0] for place, op in found if int(back[1], 16) <= place <= at]
-            if sum(op.startswith("HGMMA") for op in body) in range(1, 33):
-                loops.append(body)
-    return loops
+    return [(int(at, 16), text) for at, text in
+            re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\d+ +)?([^;]+);", run.stdout)]
+
+
+def back_branches(found: list[tuple[int, str]]) -> list[tuple[int, int]]:
+    """(first, last address) of all loops."""
+    marks = [(re.search(r"^BRA.*0x([0-9a-f]+)", text), at) for at, text in found]
+    return [(int(m[1], 16), at) for m, at in marks if m and int(m[1], 16) < at]
+
+
+def count_products(body: list[str]) -> int:
+    """Tensor core instructions."""
+    return sum(op.startswith(("HGMMA", "HMMA")) for op in body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from oracle import Case, check_close, make_inputs, run
+from rounding_oracle import check_rounding
 from score_oracle import modified_attention, modified_scores
 
 from maskdsl import SinkLogits, dense
@@ -30,7 +31,8 @@ def dense_gradients(case: Case, tensors: tuple[Tensor, ...], live: Tensor,
 
 
 def check_gradients(case: Case, device: str = "cpu", with_lse: bool = True) -> None:
-    """All gradients within FlashAttention's rule; exact zeros where no pair is live."""
+    """All gradients within FlashAttention's rule, those of the interpreted kernels also element by
+    element; exact zeros where no pair is live."""
     tensors = (*make_inputs(case, device), *(t.to(device) for t in case.data.values()))
     live = dense(case.whole, case.shape, case.batch, case.heads, device, case.slots)
     generator = torch.Generator(device=device).manual_seed(7)
@@ -52,6 +54,9 @@ def check_gradients(case: Case, device: str = "cpu", with_lse: bool = True) -> N
         worse = ours.numel() and off.abs().max() > (theirs.double() - right).abs().max()
         check_close(ours, right, right + off if worse else theirs, case)
     check_dead(case, found, live)
+    if not case.scores and device == "cpu" and case.options.get("backend") == "triton":
+        check_rounding(case, tensors, (out, lse), found, live,
+                       (weights[0], weights[1] if with_lse else None))
 
 
 def rounding_of_kept(case: Case, tensors: tuple[Tensor, ...], live: Tensor,

@@ -41,11 +41,12 @@ listed = [
     (triangle, (RelativePosition("table", 128),), bf16, 64, 64),
 ]
 cases = {"static": static, "listed": listed}[which]
-for i, (mask, scores, dtype, dim, value_dim) in enumerate(cases):
+for mask, scores, dtype, dim, value_dim in cases:
     for name, c in compile_backward(chip, mask, dtype, dim, value_dim, scores=scores).items():
         rows.append({"what": f"{name} {mask!r} {scores!r} {dtype} {dim}/{value_dim}",
-                     "last": which == "listed" and i >= len(cases) - 3, "shared": c.shared,
-                     "spills": c.spills, "limit": SHARED_LIMIT[chip],
+                     "shared": c.shared, "spills": c.spills, "in_loops": c.in_loops,
+                     "limit": SHARED_LIMIT[chip],
+                     "by_key": name in ("key_gradients", "column_gradients", "table_gradients0"),
                      "fits": dtype != fp32 and dim <= 128 and name in (
                          "query_gradients", "key_gradients", "column_gradients"),
                      "wgmma": "wgmma.mma_async" in c.text})
@@ -58,8 +59,10 @@ print(json.dumps(rows))
                                    pytest.param("listed", marks=pytest.mark.exhaustive)])
 def test_backward_kernels_compile_well(chip: str, which: str) -> None:
     for row in run_program(PROGRAM, chip, which):
-        # the last three of the list spill a little on sm_90: known, not cured
-        assert row["spills"] <= (60 if row["last"] and chip == "sm_90" else 0), row
+        # What is kept from one head to the next leaves registers to the loops of the walk by key.
+        around = 500 if chip == "sm_90" and row["by_key"] else 0
+        assert row["spills"] <= around, row
+        assert row["in_loops"] <= 30, row
         assert row["shared"] <= row["limit"], row
         if chip == "sm_90" and row["fits"]:
             assert row["wgmma"], row

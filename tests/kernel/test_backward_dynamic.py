@@ -21,6 +21,7 @@ from maskdsl import (
     BlockIndices,
     Blocks,
     Columns,
+    Dilated,
     Document,
     Documents,
     LastQ,
@@ -89,6 +90,10 @@ VS = VSIndices(torch.tensor([[[1, 2, 30, 45]]]), torch.tensor([[[0, 3, 33]]]))
     (VerticalSlash("vs") & Window(33), {"vs": VS}),
     (VerticalSlash("vs", "block64"), {"vs": VS}),
     (VerticalSlash("vs"), {"vs": VSIndices(torch.full((1, 1, 3), -1), torch.full((1, 1, 3), -1))}),
+    (VerticalSlash("vs"), {"vs": VSIndices(torch.full((1, 1, 1), -1), torch.zeros(1, 1, 1, dtype=(
+        torch.int64)))}),  # one live key a row: dQ and dK are 0, but for the order of two sums
+    (Window(7) - (Dilated(8, 2) | Document("doc")), {"doc": Documents.from_ids(
+        torch.arange(75) // 30)}),  # a dead-tile test that looks up documents
     (Blocks("b", 16, 16) - Sink(3), {"b": BlockIndices.from_mask(
         torch.ones(1, 1, 5, 5, dtype=torch.bool), 16, 16)}),
     (Document("doc") & TRIANGLE, {"doc": Documents.from_ids(

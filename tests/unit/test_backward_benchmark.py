@@ -10,9 +10,11 @@ import torch
 from torch._functorch import config
 
 import maskdsl
-from benchmarks import backward
+from benchmarks import backward, backward_sweep
 from benchmarks.cases import TRIANGLES, Pattern
 from benchmarks.measure import Report
+from maskdsl.codegen.kernel import interpreting
+from maskdsl.codegen.tune import Config
 
 
 def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,3 +52,20 @@ def test_five_products() -> None:
     pattern = TRIANGLES[1]
     assert backward.gradient_flops(pattern, 1000) == 10 * 128 * 32 * pattern.pairs(1000)
     assert "FlexAttention" in backward.kernels_of(pattern, 1000)
+
+
+@pytest.mark.skipif(not interpreting(), reason="a rehearsal of the code; on a GPU run it")
+def test_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each walk alone, each config really in use; one that cannot run is a row too."""
+    tensors = tuple(torch.randn(1, h, 32, 16) for h in (2, 1, 1))
+    monkeypatch.setattr(backward_sweep, "LENGTH", 32)
+    monkeypatch.setattr(backward_sweep, "PATTERNS", (Pattern(2, 8, 4),))
+    monkeypatch.setattr(backward_sweep, "KEY_CONFIGS", [Config(16, 32, 4, 1), Config(24, 32, 4, 1)])
+    monkeypatch.setattr(backward_sweep, "QUERY_CONFIGS", [Config(32, 16, 4, 1)])
+    monkeypatch.setattr(backward_sweep, "make_inputs", lambda length: tensors)
+    report = Report("backward_sweep")
+    backward_sweep.run(report)
+    rows = [(row["walk"], row["tile"], row["tma"], "failed" in row) for row in report.rows]
+    assert rows == [("by key", "16x32", True, False), ("by key", "16x32", False, False),
+                    ("by key", "24x32", True, True), ("by query", "32x16", True, False),
+                    ("by query", "32x16", False, False)]
