@@ -11,7 +11,10 @@ class MaskDSLError(Exception):
 
     def __init__(self, wrote: str, wrong: str, instead: str) -> None:
         self.wrote, self.wrong, self.instead = wrote, wrong, instead
-        super().__init__(f"you wrote: {wrote}\n  problem: {wrong}\n  instead: {instead}")
+        self.args = (wrote, wrong, instead)  # not by super(): dynamo could not raise it in a graph
+
+    def __str__(self) -> str:
+        return f"you wrote: {self.wrote}\n  problem: {self.wrong}\n  instead: {self.instead}"
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.wrote, self.wrong, self.instead)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from maskdsl.trace import (
     is_traceable,
     trace,
 )
+from maskdsl.where import Where
 
 Tensor = torch.Tensor
 LENGTHS = frozenset({Q_LEN, KV_LEN, TOTAL_LEN})
@@ -175,10 +177,22 @@ class FlexMask(NamedTuple):
     slots: dict[str, BlockIndices]
 
 
-@lru_cache(maxsize=256)
+_read: WeakKeyDictionary[Any, Mask | None] = WeakKeyDictionary()
+
+
 def read_mask_mod(mask_mod: Any) -> Mask:
-    """`from_mask_mod`, remembered: a training loop brings one function many times."""
-    return from_mask_mod(mask_mod)
+    """`from_mask_mod`, remembered as long as the function lives: a training loop brings one many
+    times."""
+    try:
+        if mask_mod in _read:
+            known = _read[mask_mod]
+            return Where(mask_mod) if known is None else known
+        mask = from_mask_mod(mask_mod)
+        # an expression that holds the function would keep it alive
+        _read[mask_mod] = None if mask == Where(mask_mod) else mask
+    except TypeError:  # a callable object without hash or weak references
+        return from_mask_mod(mask_mod)
+    return mask
 
 
 def from_block_mask(block_mask: Any) -> FlexMask:
@@ -190,6 +204,11 @@ def from_block_mask(block_mask: Any) -> FlexMask:
 
     SlotDataError for a sliced BlockMask, which has lost its function.
     """
+    return FlexMask(mask_of_block_mask(block_mask), list_blocks(block_mask))
+
+
+def mask_of_block_mask(block_mask: Any) -> Mask:
+    """The expression of `from_block_mask`."""
     name = getattr(block_mask.mask_mod, "__name__", "")
     if name == "_sliced_mask_mod_error":
         raise SlotDataError("from_block_mask of a sliced BlockMask", "slicing drops its mask_mod",
@@ -197,11 +216,17 @@ def from_block_mask(block_mask: Any) -> FlexMask:
     inside = read_mask_mod(block_mask.mask_mod)
     q_block, kv_block = block_mask.BLOCK_SIZE
     if max(q_block, kv_block) > MAX_BLOCK:  # one block for everything: there is no list
-        return FlexMask(inside, {})
-    partial, full = BlockIndices.from_block_mask(block_mask)
-    mask = Blocks("flex_full", q_block, kv_block) | \
+        return inside
+    return Blocks("flex_full", q_block, kv_block) | \
         Blocks("flex_part", q_block, kv_block) & inside
-    return FlexMask(mask, {"flex_full": full, "flex_part": partial})
+
+
+def list_blocks(block_mask: Any) -> dict[str, BlockIndices]:
+    """The slots' data of `from_block_mask`."""
+    if max(block_mask.BLOCK_SIZE) > MAX_BLOCK:
+        return {}
+    partial, full = BlockIndices.from_block_mask(block_mask)
+    return {"flex_full": full, "flex_part": partial}
 
 
 EXPORTS |= {"mask_mod": make_mask_mod, "block_mask": make_block_mask}
