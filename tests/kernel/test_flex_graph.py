@@ -15,7 +15,18 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as flex
 
 import maskdsl
-from maskdsl import ALiBi, Causal, Document, Documents, LastQ, Mask, Sink, SinkLogits, Softcap, Window
+from maskdsl import (
+    ALiBi,
+    Causal,
+    Document,
+    Documents,
+    LastQ,
+    Mask,
+    Sink,
+    SinkLogits,
+    Softcap,
+    Window,
+)
 
 TRIANGLE = Causal() & (Sink(3) | Window(9) | LastQ(5))
 
