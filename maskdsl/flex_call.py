@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -121,17 +122,19 @@ def _check_lengths(block_mask: Any, q_len: int, kv_len: int) -> None:
 # --- inside a graph -------------------------------------------------------------------------------
 
 
-# dynamo guards the identity of every argument
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _key_in_graph(block_mask: Any, backend: str | None, *scores: Any) -> str:
-    """The key of the attention, told while a graph is traced.
+def _key_in_graph(mask_at: int, backend: str | None, *scores_at: int) -> str:
+    """The key of the attention, told while a graph is traced, from the addresses of its arguments.
 
-    The attention, the expression and the modifiers are kept, so that no other object can come to
-    their address and pass for them. A BlockMask is not: dynamo watches it by a weak reference.
+    `id(x)` is how code in a graph asks dynamo (of every version) to guard the identity of x, and
+    a number is all that may come here. The expression, the modifiers and the attention are kept, so
+    that no other object can come to their address and pass for them. A BlockMask is not: dynamo
+    watches it by a weak reference.
     """
+    found, scores = _object_at(mask_at), tuple(map(_object_at, scores_at))
     try:
-        mask = Full() if block_mask is None else block_mask if isinstance(block_mask, Mask) else \
-            mask_of_block_mask(block_mask)
+        mask = Full() if found is None else found if isinstance(found, Mask) else \
+            mask_of_block_mask(found)
         attention = _attention_of(mask, check_scores(scores, ()), backend)
     except AttributeError as error:  # dynamo makes such objects without their fields
         raise MaskTypeError("an expression or a score modifier made inside torch.compile", "a "
@@ -139,6 +142,11 @@ def _key_in_graph(block_mask: Any, backend: str | None, *scores: Any) -> str:
                             "compiled function") from error
     _in_graphs.append((mask, scores, attention))
     return attention._key
+
+
+def _object_at(address: int) -> Any:
+    """The living object of an `id` (an argument of the function that is being traced)."""
+    return ctypes.cast(address, ctypes.py_object).value
 
 
 def _call_in_graph(qkv: tuple[Tensor, Tensor, Tensor], score_mod: Any, block_mask: Any,
@@ -154,4 +162,5 @@ def _call_in_graph(qkv: tuple[Tensor, Tensor, Tensor], score_mod: Any, block_mas
         score_mod = ()
     elif isinstance(score_mod, ScoreMod) or callable(score_mod):
         score_mod = (score_mod,)
-    return ops.call(qkv, _key_in_graph(block_mask, backend, *score_mod), numbers, data)
+    key = _key_in_graph(id(block_mask), backend, *[id(mod) for mod in score_mod])
+    return ops.call(qkv, key, numbers, data)
