@@ -160,6 +160,9 @@ class Attention:
     def __repr__(self) -> str:
         return f"<maskdsl attention {self.mask!r}, backend={self.backend!r}>"
 
+    def __reduce__(self) -> tuple[Any, ...]:  # by its text, as in a graph
+        return ops.find, (self._key,)
+
     @overload
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
                  scale: float | None = None, q_offset: int | None = None,

@@ -8,9 +8,9 @@ that tells how to put it together.
 
 from __future__ import annotations
 
-import itertools
 import json
 import operator
+import uuid
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -45,7 +45,6 @@ PARTS: dict[str, tuple[type, tuple[str, ...], tuple[str, ...]]] = {
 
 _weak: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _kept: dict[str, Any] = {}  # those that nobody else holds, or that a graph needs and no text builds
-_numbers = itertools.count()
 _builders: list[Callable[..., Any]] = []  # `Attention` itself; it lies above this module
 
 
@@ -63,7 +62,7 @@ def register(attention: Any, mask: Mask, options: dict[str, Any],
         key = json.dumps({"mask": json.loads(mask.to_json()), **options, "scores": parts},
                          sort_keys=True)
     except SerializationError:  # a function
-        key = f"#{next(_numbers)}"
+        key = f"#{uuid.uuid4().hex}"  # no other process may take it for one of its own
     _weak[key] = attention
     return key
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -62,7 +63,7 @@ def read_function(function: Callable[..., Any]) -> OwnMask:
         return OwnMask(Full(), inside["packed_sequence_mask"])
     if name == "remap_positions_for_packed_sequence":
         return read_function(inside["mask_function"])  # each sequence is a segment of its own
-    if name == "chunked_overlay" and not bool(inside["left_padding"].any()):
+    if name == "chunked_overlay":  # counted from the first token of a padded row, as segments are
         return OwnMask(Chunk(inside["chunk_size"]))
     if name == "and_masks":
         parts = [read_function(part) for part in inside["mask_functions"]]
@@ -173,6 +174,11 @@ def place_segment(rows: tuple[int, ...], start: int, stop: int, lengths: Lengths
                    first_row - first_key, shift, whole - first_key)
 
 
+def is_unmoved(mask: Mask) -> bool:
+    """Whether the mask is the same counted from any token on."""
+    return all(isinstance(node, (And, Or, Not, *UNMOVED)) for node in mask.walk())
+
+
 def shift_mask(mask: Mask, shift: int) -> Mask:
     """The mask on keys and queries that are counted from `shift` on: p -> p + shift, and k.
 
@@ -193,8 +199,16 @@ def shift_mask(mask: Mask, shift: int) -> Mask:
         return Stride(mask.step, (mask.offset - shift) % mask.step)
     if isinstance(mask, Vertical):
         return Vertical(tuple(c - shift for c in mask.columns if c >= shift))
-    if isinstance(mask, Chunk) and shift % mask.size == 0:
-        return mask
+    if isinstance(mask, Chunk):
+        return move_chunk(mask.size, shift % mask.size)
     raise IntegrationError(f"{mask!r} on a sliding cache", f"its first {shift} tokens are gone, "
                            "and this mask is not told from there on",
                            "a policy with Full() in the sliding layers")
+
+
+@cache
+def move_chunk(size: int, start: int) -> Mask:
+    """`Chunk(size)` on positions counted from `start`; the same object for the same numbers."""
+    if not start:
+        return Chunk(size)
+    return Where(lambda b, h, q, k: (q + start) // size == (k + start) // size)
