@@ -39,6 +39,8 @@ def from_mask_mod(mask_mod: Callable[[Any, Any, Any, Any], Any]) -> Mask:
     and `or_masks`) become atoms. A function that says something atoms cannot, or that cannot be
     traced because it reads a tensor, becomes `Where(mask_mod)`.
 
+    The function is read once: numbers that it closes over must not change afterwards.
+
     Exact for the lengths kernels count, up to 2**29 tokens. MaskDSLError where `mask_mod` is no
     function of four arguments.
 

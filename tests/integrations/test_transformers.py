@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -238,6 +240,16 @@ def test_slots_are_estimated_for_every_prompt() -> None:
     dense_model = integration.apply(make_model("llama"), Full())
     assert torch.allclose(ours, dense_model(ids, use_cache=False).logits, atol=2e-4)  # 30 < 50
     assert calls == [torch.Size([1, 4, 30, 16])] * 2
+
+
+def test_copies_keep_the_policy() -> None:
+    model, ids = integration.apply(make_model("gemma3"), TRIANGLE), tokens(12)
+    expected = model(ids, use_cache=False).logits
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    for again in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
+        assert torch.equal(again(ids, use_cache=False).logits, expected)
 
 
 def test_training_on_the_torch_backend() -> None:
