@@ -125,11 +125,12 @@ class Lengths:
 
 
 def find_segments(lengths: Lengths, padding: torch.Tensor | None, packed: torch.Tensor | None,
-                  prompt: int | None) -> list[Segment]:
+                  prompt: int | tuple[int, ...] | None) -> list[Segment]:
     """The segments of a call, equal ones of several batch rows as one.
 
     padding  bool[B, n], True for tokens; packed  int[B, L] numbers of packed sequences
-    prompt   length of the whole prompt (with padding), where the call has a part of it
+    prompt   length of the whole prompt (with padding), where the call has a part of it; or the end
+             of every row's
 
     Padding and packing are read on the host: one wait for the device a forward, not one a layer.
     """
@@ -138,11 +139,16 @@ def find_segments(lengths: Lengths, padding: torch.Tensor | None, packed: torch.
         runs = [tuple(runs_of_row(row)) for row in packed.tolist()]
     elif padding is not None and not bool(padding[:, :lengths.stop].all()):
         runs = [tokens_of_row(row) for row in padding[:, :lengths.stop].tolist()]
-    rows_of: dict[tuple[int, int], list[int]] = {}
+    stops = prompt if isinstance(prompt, tuple) else (prompt,) * lengths.batch
+    if len(stops) != lengths.batch:
+        raise IntegrationError(f"prompt_length of {len(stops)} rows", f"the batch has "
+                               f"{lengths.batch}", "one number, or one for every row")
+    rows_of: dict[tuple[int, int, int | None], list[int]] = {}
     for row, parts in enumerate(runs):
         for part in parts:
-            rows_of.setdefault(part, []).append(row)
-    found = (place_segment(tuple(rows), *part, lengths, prompt) for part, rows in rows_of.items())
+            rows_of.setdefault((*part, stops[row]), []).append(row)
+    found = (place_segment(tuple(rows), start, stop, lengths, whole)
+             for (start, stop, whole), rows in rows_of.items())
     return [segment for segment in found if segment.q_stop > segment.q_start]
 
 

@@ -11,7 +11,7 @@ sliding windows); decoding attends densely to the cache. What cannot be honoured
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -43,22 +43,28 @@ Estimator = Callable[[Tensor, Tensor], Any]  # (q, k) of one prompt -> the data 
 NAME = "maskdsl"
 SINKS = "sinks"
 
-_prompt = threading.local()  # .size: an empty tensor as long as the prompt
+_prompt = threading.local()  # .size: an empty tensor as long as the prompt; .rows: ends of rows
 
 
 @contextmanager
-def prompt_length(tokens: int) -> Iterator[None]:
+def prompt_length(tokens: int | Sequence[int]) -> Iterator[None]:
     """Tell the length of the whole prompt, padding included, while parts of it are computed.
+
+    tokens  one number, or where rows end at different places (padding on the right) the end of
+            each row: the number of positions up to its last token
 
     Chunked prefill needs it for masks that count from the end (`LastQ`); without it every chunk
     takes itself for the last. It holds for the calls of this thread.
     """
-    before = getattr(_prompt, "size", None)
-    _prompt.size = torch.empty(tokens, 0)  # the size of a tensor can vary in a graph
+    before = getattr(_prompt, "size", None), getattr(_prompt, "rows", None)
+    if isinstance(tokens, int):  # the size of a tensor can vary in a graph
+        _prompt.size, _prompt.rows = torch.empty(tokens, 0), None
+    else:
+        _prompt.size, _prompt.rows = None, tuple(map(int, tokens))
     try:
         yield
     finally:
-        _prompt.size = before
+        _prompt.size, _prompt.rows = before
 
 
 def told_length(stop: int) -> int | None:
@@ -230,7 +236,7 @@ class Call:
             lengths = Lengths(a["batch_size"], a["q_length"], a["kv_length"], int(a["q_offset"]),
                               int(a["kv_offset"]))
             self.read = own.mask, find_segments(lengths, a["attention_mask"], own.packed,
-                                                told_length(0))
+                                                getattr(_prompt, "rows", None) or told_length(0))
         return self.read
 
 
@@ -332,6 +338,9 @@ def attend_traced(state: LayerState | None, call: Call, q: Tensor, k: Tensor, v:
         raise IntegrationError("a compiled model with this policy or mask", "a graph holds plain "
                                "masks of layers that `apply` has seen", "maskdsl.integrations."
                                "transformers.apply(model, policy) before torch.compile")
+    if getattr(_prompt, "rows", None) is not None:
+        raise IntegrationError("prompt_length of single rows inside a compiled model", "a graph "
+                               "has one prompt length", "prompt_length(tokens) with one number")
     if not isinstance(a["q_offset"], int) or not isinstance(a["kv_offset"], int):
         raise IntegrationError("a further part of a prompt on a static cache inside a compiled "
                                "model", "where it starts is known to the device alone",

@@ -184,6 +184,27 @@ def test_chunks_with_the_prompts_length_are_the_whole(family: str, chunk: int) -
     assert torch.allclose(torch.cat(parts, 1), whole, atol=2e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_chunks_of_padded_rows(family: str, side: str) -> None:
+    """Rows that end at different places are told one by one."""
+    model, ids, counts = integration.apply(make_model(family), TRIANGLE), tokens(18, 3), (18, 13, 9)
+    mask = torch.arange(18) < torch.tensor(counts)[:, None]
+    mask = (mask.flip(1) if side == "left" else mask).long()
+    ends = [18] * 3 if side == "left" else counts
+    cache, parts = transformers.DynamicCache(config=model.config), []
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with integration.prompt_length(ends):
+        for part in (slice(0, 7), slice(7, 14), slice(14, 18)):
+            parts.append(model(ids[:, part], attention_mask=mask[:, :part.stop],
+                               position_ids=positions[:, part], past_key_values=cache).logits)
+    for row, live in enumerate(mask.bool()):
+        alone = model(ids[row:row + 1, live], use_cache=False).logits[0]
+        assert torch.allclose(torch.cat(parts, 1)[row, live], alone, atol=2e-4)
+    with pytest.raises(errors.IntegrationError, match="2 rows"), integration.prompt_length([3, 3]):
+        model(ids)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
 def test_a_static_cache_is_as_good_as_a_dynamic_one(family: str) -> None:
     ids, model = tokens(12), integration.apply(make_model(family), TRIANGLE)
