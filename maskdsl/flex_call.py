@@ -132,14 +132,17 @@ def _key_in_graph(mask_at: int, backend: str | None, *scores_at: int) -> str:
     watches it by a weak reference.
     """
     found, scores = _object_at(mask_at), tuple(map(_object_at, scores_at))
+    made_inside = MaskTypeError("an expression or a score modifier made inside torch.compile",
+                                "a graph cannot hold its making", "the same, made outside of the "
+                                "compiled function")
+    if any(type(x).__module__.startswith("torch._dynamo") for x in (found, *scores)):
+        raise made_inside  # dynamo's notes on such an object
     try:
         mask = Full() if found is None else found if isinstance(found, Mask) else \
             mask_of_block_mask(found)
         attention = _attention_of(mask, check_scores(scores, ()), backend)
-    except AttributeError as error:  # dynamo makes such objects without their fields
-        raise MaskTypeError("an expression or a score modifier made inside torch.compile", "a "
-                            "graph cannot hold its making", "the same, made outside of the "
-                            "compiled function") from error
+    except AttributeError as error:  # or the object itself, but without its fields
+        raise made_inside from error
     _in_graphs.append((mask, scores, attention))
     return attention._key
 

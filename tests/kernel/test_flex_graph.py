@@ -149,9 +149,11 @@ def test_mistakes_are_told(mods: Any, mask: Any, told: str) -> None:
         compiled()[0](*inputs(40), mods, mask)
 
 
-def test_an_expression_made_in_the_graph_is_told() -> None:
+@pytest.mark.parametrize("make", [lambda: (None, Window(9)), lambda: (Softcap(2.0), TRIANGLE),
+                                  lambda: ([Softcap(2.0), ALiBi()], TRIANGLE)])
+def test_what_is_made_in_the_graph_is_told(make: Any) -> None:
     def layer(*qkv: torch.Tensor) -> Any:
-        return attend(*qkv, None, Window(9))
+        return attend(*qkv, *make())
 
     with pytest.raises(Exception, match="outside of the compiled function"):
         torch.compile(layer, backend="aot_eager", fullgraph=True)(*inputs(30))
