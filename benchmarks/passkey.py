@@ -18,7 +18,7 @@ def run(report: Report) -> None:
     """Share of keys told right, and of their digits, out of several at each depth."""
     model, tokenizer = load()
     gpu = torch.cuda.is_available()
-    lengths, trials = ((2048, 4096, 8192, 16384), 20) if gpu else ((1536,), 2)
+    lengths, trials = ((2048, 4096, 8192, 16384), 20) if gpu else ((1536,), 3)
     for length in lengths:
         for name, policy in POLICIES.items():
             apply(model, policy)

@@ -161,6 +161,9 @@ class Attention:
     def __repr__(self) -> str:
         return f"<maskdsl attention {self.mask!r}, backend={self.backend!r}>"
 
+    def __reduce__(self) -> tuple[Any, ...]:  # by its text, as in a graph
+        return ops.find, (self._key,)
+
     @overload
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *,
                  scale: float | None = None, q_offset: int | None = None,
@@ -245,19 +248,16 @@ class Attention:
                      scale: float | None, q_offset: int | None, total_len: int | None,
                      return_lse: bool, slots: dict[str, Any]) -> Result:
         """A call inside a graph or under autocast, which casts q, k and v as it does for SDPA."""
-        if torch.is_autocast_enabled(q.device.type):
-            dtype = torch.get_autocast_dtype(q.device.type)
-            q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+        numbers = (scale, q_offset, total_len, return_lse)
         if not torch.compiler.is_compiling():
+            q, k, v = ops.cast_as_sdpa(q, k, v)
             with torch.autocast(q.device.type, enabled=False):
-                return self._call_eager(q, k, v, scale, q_offset, total_len, return_lse, slots)
-        tensors, parts = ops.take_apart(slots)
+                return self._call_eager(q, k, v, *numbers, slots)
         check_ranks(q, k, v, self.layout)
         keeps = self.backend != "torch" and wants_gradients(
-            q, k, v, *(slots.get(name) for name in self._score_names))  # they read the lse
-        out, lse = ops.attention(q, k, v, tensors, self._key, parts, scale, q_offset, total_len,
-                                 return_lse or keeps)
-        return (out, lse) if return_lse else out
+            q, k, v, *(slots.get(name) for name in self._score_names))
+        result: Result = ops.call((q, k, v), self._key, numbers, slots, keeps)
+        return result
 
     def _prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None,
                  q_offset: int | None, total_len: int | None, return_lse: bool,

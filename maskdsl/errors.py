@@ -5,16 +5,32 @@ What you wrote, what is wrong with it, and what to write instead.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 
 class MaskDSLError(Exception):
     """Base of every error this package raises on purpose."""
 
-    def __init__(self, wrote: str, wrong: str, instead: str) -> None:
-        self.wrote, self.wrong, self.instead = wrote, wrong, instead
-        super().__init__(f"you wrote: {wrote}\n  problem: {wrong}\n  instead: {instead}")
+    if TYPE_CHECKING:  # dynamo raises, and tells, what Exception itself makes: no __init__ of ours
+        def __init__(self, wrote: str, wrong: str, instead: str) -> None: ...
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
-        return type(self), (self.wrote, self.wrong, self.instead)
+    @property
+    def wrote(self) -> str:
+        """What was written."""
+        return str(self.args[0])
+
+    @property
+    def wrong(self) -> str:
+        """What is wrong with it."""
+        return str(self.args[1])
+
+    @property
+    def instead(self) -> str:
+        """What to write instead."""
+        return str(self.args[2])
+
+    def __str__(self) -> str:
+        return f"you wrote: {self.wrote}\n  problem: {self.wrong}\n  instead: {self.instead}"
 
 
 # --- the language ---------------------------------------------------------------------------

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -35,6 +37,7 @@ from maskdsl.trace import (
     is_traceable,
     trace,
 )
+from maskdsl.where import Where
 
 Tensor = torch.Tensor
 LENGTHS = frozenset({Q_LEN, KV_LEN, TOTAL_LEN})
@@ -113,10 +116,15 @@ def make_block_mask(mask: Mask, q_len: int, kv_len: int | None = None, *, batch:
     shape = Shape(site.q_len, site.kv_len, mask_mod.offset, site.total_len)
     some, every = classify_heads(mask, shape, block, batch, site)
     partial, full = (torch.from_numpy(t).to(device) for t in (some & ~every, every))
-    options: dict[str, Any] = {} if compute_q_blocks else {"compute_q_blocks": False}
-    return BlockMask.from_kv_blocks(*list_tiles(partial), *list_tiles(full), BLOCK_SIZE=block,
+    ours = "compute_q_blocks" in signature(BlockMask.from_kv_blocks).parameters  # torch >= 2.9
+    options: dict[str, Any] = {"compute_q_blocks": False} if ours else {}
+    made = BlockMask.from_kv_blocks(*list_tiles(partial), *list_tiles(full), BLOCK_SIZE=block,
                                     mask_mod=mask_mod, seq_lengths=(shape.q_len, shape.kv_len),
                                     **options)
+    if compute_q_blocks and ours:  # theirs sort whole tables: at a million tokens for a minute
+        made.q_num_blocks, made.q_indices = list_tiles(partial.mT)
+        made.full_q_num_blocks, made.full_q_indices = list_tiles(full.mT)
+    return made
 
 
 def check_block_size(size: object) -> tuple[int, int]:
@@ -160,9 +168,15 @@ def varies(mask: Mask, bound: Mapping[str, Bound]) -> tuple[bool, bool]:
 
 
 def list_tiles(flags: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts int32[..., rows] and the columns of the set flags first, int32[..., rows, columns]."""
-    order = torch.argsort((~flags).to(torch.uint8), dim=-1, stable=True)
-    return flags.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
+    """Counts int32[..., rows] and the columns of the set flags, int32[..., rows, columns], zeros
+    behind them. FlexAttention reads no further than the count."""
+    counts = flags.sum(-1, dtype=torch.int32)
+    table = torch.zeros(flags.shape, dtype=torch.int32, device=flags.device)
+    row, column = flags.reshape(-1, flags.shape[-1]).nonzero(as_tuple=True)
+    first = counts.flatten().cumsum(0) - counts.flatten()
+    place = torch.arange(row.numel(), device=flags.device) - first[row]
+    table.view(-1, flags.shape[-1])[row, place] = column.to(torch.int32)
+    return counts, table
 
 
 class FlexMask(NamedTuple):
@@ -175,10 +189,22 @@ class FlexMask(NamedTuple):
     slots: dict[str, BlockIndices]
 
 
-@lru_cache(maxsize=256)
+_read: WeakKeyDictionary[Any, Mask | None] = WeakKeyDictionary()
+
+
 def read_mask_mod(mask_mod: Any) -> Mask:
-    """`from_mask_mod`, remembered: a training loop brings one function many times."""
-    return from_mask_mod(mask_mod)
+    """`from_mask_mod`, remembered as long as the function lives: a training loop brings one many
+    times."""
+    try:
+        if mask_mod in _read:
+            known = _read[mask_mod]
+            return Where(mask_mod) if known is None else known
+        mask = from_mask_mod(mask_mod)
+        # an expression that holds the function would keep it alive
+        _read[mask_mod] = None if mask == Where(mask_mod) else mask
+    except TypeError:  # a callable object without hash or weak references
+        return from_mask_mod(mask_mod)
+    return mask
 
 
 def from_block_mask(block_mask: Any) -> FlexMask:
@@ -190,6 +216,11 @@ def from_block_mask(block_mask: Any) -> FlexMask:
 
     SlotDataError for a sliced BlockMask, which has lost its function.
     """
+    return FlexMask(mask_of_block_mask(block_mask), list_blocks(block_mask))
+
+
+def mask_of_block_mask(block_mask: Any) -> Mask:
+    """The expression of `from_block_mask`."""
     name = getattr(block_mask.mask_mod, "__name__", "")
     if name == "_sliced_mask_mod_error":
         raise SlotDataError("from_block_mask of a sliced BlockMask", "slicing drops its mask_mod",
@@ -197,11 +228,17 @@ def from_block_mask(block_mask: Any) -> FlexMask:
     inside = read_mask_mod(block_mask.mask_mod)
     q_block, kv_block = block_mask.BLOCK_SIZE
     if max(q_block, kv_block) > MAX_BLOCK:  # one block for everything: there is no list
-        return FlexMask(inside, {})
-    partial, full = BlockIndices.from_block_mask(block_mask)
-    mask = Blocks("flex_full", q_block, kv_block) | \
+        return inside
+    return Blocks("flex_full", q_block, kv_block) | \
         Blocks("flex_part", q_block, kv_block) & inside
-    return FlexMask(mask, {"flex_full": full, "flex_part": partial})
+
+
+def list_blocks(block_mask: Any) -> dict[str, BlockIndices]:
+    """The slots' data of `from_block_mask`."""
+    if max(block_mask.BLOCK_SIZE) > MAX_BLOCK:
+        return {}
+    partial, full = BlockIndices.from_block_mask(block_mask)
+    return {"flex_full": full, "flex_part": partial}
 
 
 EXPORTS |= {"mask_mod": make_mask_mod, "block_mask": make_block_mask}

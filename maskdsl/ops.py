@@ -8,8 +8,9 @@ that tells how to put it together.
 
 from __future__ import annotations
 
-import itertools
 import json
+import operator
+import uuid
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -43,8 +44,7 @@ PARTS: dict[str, tuple[type, tuple[str, ...], tuple[str, ...]]] = {
 }
 
 _weak: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-_kept: dict[str, Any] = {}  # those that no text can build again
-_numbers = itertools.count()
+_kept: dict[str, Any] = {}  # those that nobody else holds, or that a graph needs and no text builds
 _builders: list[Callable[..., Any]] = []  # `Attention` itself; it lies above this module
 
 
@@ -61,10 +61,9 @@ def register(attention: Any, mask: Mask, options: dict[str, Any],
         parts = [{type(mod).__name__: asdict(mod)} for mod in scores]  # type: ignore[call-overload]
         key = json.dumps({"mask": json.loads(mask.to_json()), **options, "scores": parts},
                          sort_keys=True)
-        _weak[key] = attention
     except SerializationError:  # a function
-        key = f"#{next(_numbers)}"
-        _kept[key] = attention
+        key = f"#{uuid.uuid4().hex}"  # no other process may take it for one of its own
+    _weak[key] = attention
     return key
 
 
@@ -74,8 +73,9 @@ def find(key: str) -> Any:
     if found is not None:
         return found
     if key.startswith("#"):
-        raise SerializationError(f"attention {key} in another process", "its mask holds a Python "
-                                 "function, which has no text", "a mask of atoms and operators")
+        raise SerializationError(f"attention {key} in another process, or after its end", "its "
+                                 "mask holds a Python function, which has no text", "a mask of "
+                                 "atoms and operators")
     options = json.loads(key)
     mask = from_json(json.dumps(options.pop("mask")))
     parts = options.pop("scores")
@@ -112,7 +112,9 @@ def take_apart(data: Mapping[str, Any]) -> tuple[list[Tensor], str]:
             held += "0" if tensor is None else "1"
             if tensor is not None:
                 tensors.append(tensor)
-        text.append(" ".join([name, kind, held, *(str(getattr(value, n)) for n in numbers)]))
+        # index: a number that dynamo takes for a variable has no text
+        sizes = (str(operator.index(getattr(value, n))) for n in numbers)
+        text.append(" ".join([name, kind, held, *sizes]))
     return tensors, ";".join(text)
 
 
@@ -135,6 +137,29 @@ def put_together(tensors: list[Tensor], text: str) -> dict[str, Any]:
     return data
 
 
+def cast_as_sdpa(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v in the type that autocast would give `scaled_dot_product_attention`."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def call(qkv: tuple[Tensor, Tensor, Tensor], key: str, numbers: tuple[Any, Any, Any, bool],
+         slots: Mapping[str, Any], keeps_lse: bool = False) -> Any:
+    """The operator with a call's arguments, for a graph.
+
+    numbers    scale, q_offset, total_len, return_lse
+    keeps_lse  whether a backward pass will read the lse
+    """
+    tensors, parts = take_apart(slots)
+    scale, q_offset, total_len, with_lse = numbers
+    out, lse = attention(*cast_as_sdpa(*qkv), tensors, key, parts, scale, q_offset, total_len,
+                         with_lse or keeps_lse)
+    return (out, lse) if with_lse else out
+
+
 # --- the operator ---------------------------------------------------------------------------------
 
 SCHEMA = ("(Tensor q, Tensor k, Tensor v, Tensor[] data, str key, str parts, float? scale, "
@@ -147,8 +172,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, data: list[Tensor], key: str, par
               scale: float | None, q_offset: int | None, total_len: int | None,
               with_lse: bool) -> tuple[Tensor, Tensor]:
     """Output and lse (empty unless asked for) of the compiled mask `key`."""
-    result = find(key)(q, k, v, scale=scale, q_offset=q_offset, total_len=total_len,
-                       return_lse=with_lse, **put_together(data, parts))
+    found = find(key)
+    if key.startswith("#"):  # a graph and its backward pass know no more than the key
+        _kept[key] = found
+    result = found(q, k, v, scale=scale, q_offset=q_offset, total_len=total_len,
+                   return_lse=with_lse, **put_together(data, parts))
     out, lse = result if with_lse else (result, q.new_empty(0, dtype=torch.float32))
     return out.contiguous(), lse
 

@@ -39,6 +39,8 @@ def from_mask_mod(mask_mod: Callable[[Any, Any, Any, Any], Any]) -> Mask:
     and `or_masks`) become atoms. A function that says something atoms cannot, or that cannot be
     traced because it reads a tensor, becomes `Where(mask_mod)`.
 
+    The function is read once: numbers that it closes over must not change afterwards.
+
     Exact for the lengths kernels count, up to 2**29 tokens. MaskDSLError where `mask_mod` is no
     function of four arguments.
 
@@ -123,13 +125,14 @@ def read_comparison(e: sympy.Expr) -> Mask:
             return Causal() if c == 0 else \
                 Window(MAX_SIZE, c) if c > 0 else ~Window(-c, MAX_SIZE)
         case -1, 1:  # p - k <= c
-            return Window(c + 1, MAX_SIZE) if c >= 0 else ~Window(MAX_SIZE, -c - 1)
+            return Window(c + 1, MAX_SIZE) if c >= 0 else ~Causal() if c == -1 else \
+                ~Window(MAX_SIZE, -c - 1)
         case 0, -1:
             return Sink(c + 1) if c >= 0 else Empty()
         case 0, 1:
             return ~Sink(-c) if c < 0 else Full()
         case 1, 0 if c <= 0:
-            return ~FirstQ(-c)
+            return ~FirstQ(-c) if c else Full()
         case -1, 0 if c >= -1:
             return FirstQ(c + 1)
     raise _Unread

@@ -10,6 +10,7 @@ simplify_logic makes masks longer, not shorter.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -132,12 +133,12 @@ class _Traced:
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
         rule = TORCH_RULES.get(getattr(func, "__name__", ""))
-        if rule is None or kwargs:
+        if rule is None:
             raise TraceError(f"{getattr(func, '__name__', func)} in a mask_mod",
                              "this operation cannot be compiled into a kernel",
                              "+ - * // % comparisons, & | ^ ~, torch.where, minimum, maximum, abs; "
                              "or backend='torch', which runs any function")
-        return rule(*args)
+        return rule(*args, **(kwargs or {}))  # a TypeError is told by `trace`
 
 
 class TracedBool(_Traced):
@@ -168,6 +169,8 @@ class TracedBool(_Traced):
         return TracedBool(negate(self.condition))
 
     __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
+    __mul__, __add__ = __and__, __or__  # as torch computes with bool tensors
+    __rmul__, __radd__ = __and__, __or__
 
     def __eq__(self, other: object) -> Any:
         return ~(self ^ other)
@@ -204,6 +207,12 @@ class TracedInt(_Traced):
     def __mod__(self, other: Any) -> TracedInt:
         # Unevaluated: sympy would factor products out of a Mod, and the kernel's text with them.
         return TracedInt(sympy.Mod(self.value, _positive(other, "%"), evaluate=False))
+
+    def __rshift__(self, other: Any) -> TracedInt:
+        return self // (1 << operator.index(other))
+
+    def __lshift__(self, other: Any) -> TracedInt:
+        return self * (1 << operator.index(other))
 
     def __neg__(self) -> TracedInt:
         return TracedInt(-self.value)
@@ -294,6 +303,22 @@ def _select(test: Any, yes: Any, no: Any) -> Any:
                      "torch.where between two conditions")
 
 
+def _divide(a: Any, b: Any, rounding_mode: str | None = None) -> TracedInt:
+    if rounding_mode != "floor":
+        raise TraceError(f"torch.div with rounding_mode={rounding_mode!r} in a mask_mod",
+                         "only whole numbers can be compiled", "rounding_mode='floor', or //")
+    return TracedInt(value_of(a)).__floordiv__(b)
+
+
+def _all_alike(value: Condition) -> Callable[..., TracedBool]:
+    def alike(x: Any, dtype: Any = None, **options: Any) -> TracedBool:
+        if str(dtype) != "torch.bool":
+            raise TraceError(f"a constant of type {dtype} in a mask_mod", "a mask is a condition",
+                             "dtype=torch.bool")
+        return TracedBool(value)
+    return alike
+
+
 TORCH_RULES: dict[str, Callable[..., Any]] = {
     "where": _select,
     "logical_and": lambda a, b: TracedBool(condition_of(a)) & b,
@@ -303,7 +328,11 @@ TORCH_RULES: dict[str, Callable[..., Any]] = {
     "minimum": lambda a, b: TracedInt(sympy.Min(value_of(a), value_of(b))),
     "maximum": lambda a, b: TracedInt(sympy.Max(value_of(a), value_of(b))),
     "abs": lambda a: abs(TracedInt(value_of(a))),
-    "clamp": lambda a, low=None, high=None: TracedInt(value_of(a)).clamp(low, high),
+    "clamp": lambda a, min=None, max=None: TracedInt(value_of(a)).clamp(min, max),
+    "floor_divide": lambda a, b: TracedInt(value_of(a)) // b,
+    "div": _divide,
+    "ones_like": _all_alike(TRUE),
+    "zeros_like": _all_alike(FALSE),
     "__and__": lambda a, b: TracedBool(condition_of(a)) & b,
     "__or__": lambda a, b: TracedBool(condition_of(a)) | b,
     "__xor__": lambda a, b: TracedBool(condition_of(a)) ^ b,

@@ -25,6 +25,7 @@ from maskdsl.integrations.transformers import (
     LayerState,
     apply,
     attention_layers,
+    chunk_of,
     describe_call,
     list_scores,
 )
@@ -40,7 +41,7 @@ class ProbeResult:
 
     gradient  section -> for each layer the mean |d logit / d theta| over the section's live pairs
     score     section -> for each layer the mean attention weight over those pairs and all heads
-    windowed  layers with a sliding window of their own
+    windowed  layers with a sliding window or chunks of their own
     sizes     (sink, window, last) of the sections, in tokens
     """
 
@@ -53,7 +54,8 @@ class ProbeResult:
 
     def dense_layers(self, share: float = 0.9) -> tuple[int, ...]:
         """The layers to keep dense, sorted: the fewest that together hold `share` of the summed
-        middle gradient of all layers without a window of their own. The others get the triangle.
+        middle gradient of all layers without a window or chunks of their own. The others get the
+        triangle.
 
         Our rule: the paper reads its choice off the curve. On the published curve of
         Llama-3.1-8B a share of 0.9 gives its 16 layers to within one.
@@ -119,6 +121,8 @@ class Recorder:
             part = slice(first, first + self.rows)
             p = torch.arange(first, min(first + self.rows, length), device=q.device)[:, None]
             live = (keys <= p) & (p - keys < (how["window"] or length + 1))
+            if how["chunk"]:
+                live = live & (keys // how["chunk"] == p // how["chunk"])
             weights = weigh(q[:, :, part], k, live, how)
             theta = (weights * (grad[:, :, part] @ v.transpose(-1, -2))).sum(1)
             for section, pairs in self.sections(p, keys, length).items():
@@ -159,8 +163,8 @@ def attend_and_record(module: Any, query: Tensor, key: Tensor, value: Tensor, at
     """Attention of one layer, whose output's gradient is recorded on its way back."""
     state: LayerState = module.maskdsl
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = getattr(module, "sliding_window", None)
-    if window is None and not list_scores(softcap, s_aux):  # keeps no scores for backward
+    window, chunk = state.window, state.chunk
+    if not window and not chunk and not list_scores(softcap, s_aux):  # keeps no scores for backward
         out = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale,
             enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2).contiguous()
@@ -168,7 +172,7 @@ def attend_and_record(module: Any, query: Tensor, key: Tensor, value: Tensor, at
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         data = {} if s_aux is None else {"sinks": s_aux}
         out = state.whole(q, k, v, scale=scale, **data)  # type: ignore[call-overload]
-    how = {"window": window, "softcap": softcap, "sinks": s_aux, "scaling": scale}
+    how = {"window": window, "chunk": chunk, "softcap": softcap, "sinks": s_aux, "scaling": scale}
     q, k, v = query.detach(), key.detach(), value.detach()
     recorder = _recorder[-1]
     out.register_hook(  # type: ignore[no-untyped-call]
@@ -225,7 +229,8 @@ def probe_layers(model: Any, samples: Iterable[tuple[Tensor, int]], *, sink: int
 
 def empty_result(layers: list[Any], sizes: tuple[int, int, int]) -> ProbeResult:
     """A result to add samples to."""
-    windowed = tuple(i for i, m in enumerate(layers) if getattr(m, "sliding_window", None))
+    windowed = tuple(i for i, m in enumerate(layers)
+                     if getattr(m, "sliding_window", None) or chunk_of(m))
     zeros = {section: [0.0] * len(layers) for section in SECTIONS}
     return ProbeResult(zeros, {s: [0.0] * len(layers) for s in SECTIONS}, windowed, sizes)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -62,7 +63,7 @@ def read_function(function: Callable[..., Any]) -> OwnMask:
         return OwnMask(Full(), inside["packed_sequence_mask"])
     if name == "remap_positions_for_packed_sequence":
         return read_function(inside["mask_function"])  # each sequence is a segment of its own
-    if name == "chunked_overlay" and not bool(inside["left_padding"].any()):
+    if name == "chunked_overlay":  # counted from the first token of a padded row, as segments are
         return OwnMask(Chunk(inside["chunk_size"]))
     if name == "and_masks":
         parts = [read_function(part) for part in inside["mask_functions"]]
@@ -124,11 +125,12 @@ class Lengths:
 
 
 def find_segments(lengths: Lengths, padding: torch.Tensor | None, packed: torch.Tensor | None,
-                  prompt: int | None) -> list[Segment]:
+                  prompt: int | tuple[int, ...] | None) -> list[Segment]:
     """The segments of a call, equal ones of several batch rows as one.
 
     padding  bool[B, n], True for tokens; packed  int[B, L] numbers of packed sequences
-    prompt   length of the whole prompt (with padding), where the call has a part of it
+    prompt   length of the whole prompt (with padding), where the call has a part of it; or the end
+             of every row's
 
     Padding and packing are read on the host: one wait for the device a forward, not one a layer.
     """
@@ -137,11 +139,16 @@ def find_segments(lengths: Lengths, padding: torch.Tensor | None, packed: torch.
         runs = [tuple(runs_of_row(row)) for row in packed.tolist()]
     elif padding is not None and not bool(padding[:, :lengths.stop].all()):
         runs = [tokens_of_row(row) for row in padding[:, :lengths.stop].tolist()]
-    rows_of: dict[tuple[int, int], list[int]] = {}
+    stops = prompt if isinstance(prompt, tuple) else (prompt,) * lengths.batch
+    if len(stops) != lengths.batch:
+        raise IntegrationError(f"prompt_length of {len(stops)} rows", f"the batch has "
+                               f"{lengths.batch}", "one number, or one for every row")
+    rows_of: dict[tuple[int, int, int | None], list[int]] = {}
     for row, parts in enumerate(runs):
         for part in parts:
-            rows_of.setdefault(part, []).append(row)
-    found = (place_segment(tuple(rows), *part, lengths, prompt) for part, rows in rows_of.items())
+            rows_of.setdefault((*part, stops[row]), []).append(row)
+    found = (place_segment(tuple(rows), start, stop, lengths, whole)
+             for (start, stop, whole), rows in rows_of.items())
     return [segment for segment in found if segment.q_stop > segment.q_start]
 
 
@@ -173,6 +180,11 @@ def place_segment(rows: tuple[int, ...], start: int, stop: int, lengths: Lengths
                    first_row - first_key, shift, whole - first_key)
 
 
+def is_unmoved(mask: Mask) -> bool:
+    """Whether the mask is the same counted from any token on."""
+    return all(isinstance(node, (And, Or, Not, *UNMOVED)) for node in mask.walk())
+
+
 def shift_mask(mask: Mask, shift: int) -> Mask:
     """The mask on keys and queries that are counted from `shift` on: p -> p + shift, and k.
 
@@ -193,8 +205,16 @@ def shift_mask(mask: Mask, shift: int) -> Mask:
         return Stride(mask.step, (mask.offset - shift) % mask.step)
     if isinstance(mask, Vertical):
         return Vertical(tuple(c - shift for c in mask.columns if c >= shift))
-    if isinstance(mask, Chunk) and shift % mask.size == 0:
-        return mask
+    if isinstance(mask, Chunk):
+        return move_chunk(mask.size, shift % mask.size)
     raise IntegrationError(f"{mask!r} on a sliding cache", f"its first {shift} tokens are gone, "
                            "and this mask is not told from there on",
                            "a policy with Full() in the sliding layers")
+
+
+@cache
+def move_chunk(size: int, start: int) -> Mask:
+    """`Chunk(size)` on positions counted from `start`; the same object for the same numbers."""
+    if not start:
+        return Chunk(size)
+    return Where(lambda b, h, q, k: (q + start) // size == (k + start) // size)

@@ -10,9 +10,9 @@ sliding windows); decoding attends densely to the cache. What cannot be honoured
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -20,15 +20,18 @@ from typing import Any
 import torch
 
 from maskdsl.api import Attention, compile
-from maskdsl.atoms import Causal, Window
+from maskdsl.arguments import MAX_SIZE
+from maskdsl.atoms import Causal, Chunk, Window
 from maskdsl.dynamic import slots_of
 from maskdsl.errors import IntegrationError
 from maskdsl.expr import Mask
+from maskdsl.integrations.decoding import attend_dense
 from maskdsl.integrations.prompts import (
     Lengths,
     OwnMask,
     Segment,
     find_segments,
+    is_unmoved,
     read_function,
     shift_mask,
 )
@@ -40,21 +43,34 @@ Estimator = Callable[[Tensor, Tensor], Any]  # (q, k) of one prompt -> the data 
 NAME = "maskdsl"
 SINKS = "sinks"
 
-_prompt: ContextVar[int | None] = ContextVar("maskdsl_prompt", default=None)
+_prompt = threading.local()  # .size: an empty tensor as long as the prompt; .rows: ends of rows
 
 
 @contextmanager
-def prompt_length(tokens: int) -> Iterator[None]:
+def prompt_length(tokens: int | Sequence[int]) -> Iterator[None]:
     """Tell the length of the whole prompt, padding included, while parts of it are computed.
 
+    tokens  one number, or where rows end at different places (padding on the right) the end of
+            each row: the number of positions up to its last token
+
     Chunked prefill needs it for masks that count from the end (`LastQ`); without it every chunk
-    takes itself for the last.
+    takes itself for the last. It holds for the calls of this thread.
     """
-    token = _prompt.set(tokens)
+    before = getattr(_prompt, "size", None), getattr(_prompt, "rows", None)
+    if isinstance(tokens, int):  # the size of a tensor can vary in a graph
+        _prompt.size, _prompt.rows = torch.empty(tokens, 0), None
+    else:
+        _prompt.size, _prompt.rows = None, tuple(map(int, tokens))
     try:
         yield
     finally:
-        _prompt.reset(token)
+        _prompt.size, _prompt.rows = before
+
+
+def told_length(stop: int) -> int | None:
+    """What `prompt_length` told, at least `stop`; None where nothing was told."""
+    size = getattr(_prompt, "size", None)
+    return None if size is None else max(size.shape[0], stop)
 
 
 @dataclass(slots=True)
@@ -63,7 +79,8 @@ class LayerState:
 
     mask         the policy's mask of this layer
     whole        the attention under it and the layer's own mask, for a call with the usual mask
-    own          that usual mask
+    own          that usual mask: causal, with a window or chunk of so many tokens
+    moves        whether both are the same on a cache that slid on
     """
 
     mask: Mask
@@ -71,6 +88,9 @@ class LayerState:
     whole: Attention
     backend: str | None
     decode_rows: int
+    window: int | None
+    chunk: int | None
+    moves: bool
     estimators: Mapping[str, Estimator] = field(default_factory=dict)
 
 
@@ -148,13 +168,21 @@ def check_policy(masks: tuple[Mask, ...], layers: list[Any],
 def make_state(layer: Any, mask: Mask, backend: str | None, decode_rows: int,
                estimators: Mapping[str, Estimator]) -> LayerState:
     """What one attention module needs to know."""
-    window = getattr(layer, "sliding_window", None)
-    own = Causal() & Window(window) if window else Causal()
+    window, chunk = getattr(layer, "sliding_window", None), chunk_of(layer)
+    own = Causal() & Window(window) if window else Causal() & Chunk(chunk) if chunk else Causal()
     softcap = getattr(layer, "attn_logit_softcapping", None)
     scores = list_scores(softcap, getattr(layer, "sinks", None))
     wanted = {atom.slot: estimators[atom.slot] for atom in slots_of(mask)}
     return LayerState(mask, own, compiled(own & mask, scores, backend), backend, decode_rows,
-                      wanted)
+                      window, chunk, is_unmoved(own & mask), wanted)
+
+
+def chunk_of(layer: Any) -> int | None:
+    """The tokens of a chunk, for a layer that attends inside chunks (Llama 4)."""
+    config = getattr(layer, "config", None)
+    kinds = getattr(config, "layer_types", None) or ()
+    chunked = layer.layer_idx < len(kinds) and kinds[layer.layer_idx] == "chunked_attention"
+    return getattr(config, "attention_chunk_size", None) if chunked else None
 
 
 @lru_cache(maxsize=512)
@@ -208,7 +236,7 @@ class Call:
             lengths = Lengths(a["batch_size"], a["q_length"], a["kv_length"], int(a["q_offset"]),
                               int(a["kv_offset"]))
             self.read = own.mask, find_segments(lengths, a["attention_mask"], own.packed,
-                                                _prompt.get())
+                                                getattr(_prompt, "rows", None) or told_length(0))
         return self.read
 
 
@@ -243,7 +271,7 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
         return attend_dense(query, key, value, call.dense(), scaling, softcap, s_aux), None
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     if torch.compiler.is_compiling():
-        assert_one_prompt(call, options.get("position_ids"))
+        assert_usual_mask(state, call, q.device)
         return attend_traced(state, call, q, k, v, scaling, s_aux), None
     own, segments = call.segments()
     data = {} if s_aux is None else {SINKS: s_aux}
@@ -302,52 +330,60 @@ def check_options(attention_mask: Any, dropout: float, options: Mapping[str, Any
                                "attn_implementation='eager' or 'sdpa' for this model or call")
 
 
-def attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-                 scaling: float | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Plain attention to the cache for a few query rows; [B, Lq, Hq, D]."""
-    if softcap is None and sinks is None:
-        grouped = query.shape[1] != key.shape[1]
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
-        return out.transpose(1, 2).contiguous()
-    b, heads, rows, dim = query.shape
-    grouped_q = query.view(b, key.shape[1], -1, rows, dim)
-    scores = (grouped_q @ key.unsqueeze(2).transpose(-1, -2)).float() * (
-        dim ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask.unsqueeze(2), torch.finfo(scores.dtype).min)
-    if sinks is not None:
-        column = sinks.float().view(1, key.shape[1], -1, 1, 1).expand(b, -1, -1, rows, 1)
-        scores = torch.cat([scores, column], -1)
-    weights = torch.softmax(scores, -1)[..., :key.shape[2]].to(value.dtype)
-    out = (weights @ value.unsqueeze(2)).view(b, heads, rows, -1)
-    return out.transpose(1, 2).contiguous()
-
-
 def attend_traced(state: LayerState | None, call: Call, q: Tensor, k: Tensor, v: Tensor,
                   scaling: float | None, sinks: Tensor | None) -> Tensor:
     """A prompt inside a graph: nothing can be read on the host, so there is one prompt a row."""
     a = call.arguments
-    unclear = a.get("use_vmap") or not isinstance(a["kv_offset"], int)
-    if state is None or state.estimators or unclear:
+    if state is None or state.estimators or a.get("use_vmap"):
         raise IntegrationError("a compiled model with this policy or mask", "a graph holds plain "
                                "masks of layers that `apply` has seen", "maskdsl.integrations."
                                "transformers.apply(model, policy) before torch.compile")
+    if getattr(_prompt, "rows", None) is not None:
+        raise IntegrationError("prompt_length of single rows inside a compiled model", "a graph "
+                               "has one prompt length", "prompt_length(tokens) with one number")
+    if not isinstance(a["q_offset"], int) or not isinstance(a["kv_offset"], int):
+        raise IntegrationError("a further part of a prompt on a static cache inside a compiled "
+                               "model", "where it starts is known to the device alone",
+                               "a model compiled for decoding only, as `generate` has it, or a "
+                               "DynamicCache")
+    if a["kv_offset"] and not state.moves:
+        raise IntegrationError("the next part of a prompt on a sliding cache inside a compiled "
+                               "model", f"{state.mask!r} counts from tokens that are gone",
+                               "this call without torch.compile")
     data = {} if sinks is None else {SINKS: sinks}
-    out: Tensor = state.whole(q, k, v, scale=scaling, **data)  # type: ignore[call-overload]
+    stop = a["q_offset"] + call.q_length
+    told = told_length(stop)
+    whole = stop if told is None else told
+    used = slice(0, stop - a["kv_offset"])  # a static cache is longer
+    out: Tensor = state.whole(q, k[:, used], v[:, used],  # type: ignore[call-overload]
+                              scale=scaling, q_offset=a["q_offset"] - a["kv_offset"],
+                              total_len=whole - a["kv_offset"], **data)
     return out
 
 
-def assert_one_prompt(call: Call, position_ids: Tensor | None) -> None:
-    """Once a forward, on the device: a graph has no padding and no packed sequences."""
-    if call.asserted:
+def assert_usual_mask(state: LayerState | None, call: Call, device: torch.device) -> None:
+    """Once a forward, on the device: a graph has no padding, no packed sequences and no masks that
+    the layers' own `causal`, window and chunk do not tell.
+
+    The call's function is asked for the pairs where these begin and end: it is a closure, which
+    cannot be read in a graph.
+    """
+    if call.asserted or state is None:
         return
     call.asserted = True
-    padding = call.arguments["attention_mask"]
-    if padding is not None:
-        torch._assert_async(padding.all(), "maskdsl: padding inside a compiled model")
-    elif position_ids is not None:
-        steps = position_ids[:, 1:] - position_ids[:, :-1]
-        torch._assert_async((steps == 1).all(), "maskdsl: packed sequences in a compiled model")
+    a = call.arguments
+    if a["attention_mask"] is not None:
+        torch._assert_async(a["attention_mask"].all(), "maskdsl: padding inside a compiled model")
+    batch = torch.arange(a["batch_size"], device=device)[:, None]
+    q = torch.arange(call.q_length, device=device)[None] + a["q_offset"]
+    window = state.window or MAX_SIZE
+    for distance in {-1, 0, 1, window - 1, window}:
+        k = q - distance
+        inside = (k >= a["kv_offset"]) & (k < a["q_offset"] + call.q_length)
+        k = torch.where(inside, k, q)
+        own = (k <= q) & (q - k < window)
+        if state.chunk:
+            own = own & (q // state.chunk == k // state.chunk)
+        torch._assert_async((a["mask_function"](batch, batch * 0, q, k) == own).all(),
+                            "maskdsl: packed sequences, or a mask that no layer tells of, inside "
+                            "a compiled model")

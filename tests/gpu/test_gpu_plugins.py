@@ -100,6 +100,50 @@ def test_flex_attention_with_our_block_mask(mask: Any, mods: tuple[ScoreMod, ...
     assert torch.allclose(back, theirs, atol=2e-2)
 
 
+@pytest.mark.parametrize("mask", [
+    Causal() & TRIANGLE, PerHead([Causal() & TRIANGLE, Causal()] * 4)],
+    ids=lambda m: repr(m)[:30])
+def test_their_gradients_with_our_block_mask(mask: Any) -> None:
+    """dK and dV are computed from the transposed lists."""
+    leaves = [t.requires_grad_() for t in inputs(1000)]
+    ours = mask.block_mask(1000, batch=2, heads=HEADS, device="cuda")
+    theirs = flex.create_block_mask(mask.mask_mod(1000, heads=HEADS), 2, HEADS, 1000, 1000, "cuda")
+    run = torch.compile(flex.flex_attention)
+    grads = [torch.autograd.grad(run(*leaves, None, block_mask, enable_gqa=True).square().sum(),
+                                 leaves) for block_mask in (ours, theirs)]
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=2e-2, rtol=2e-2)
+
+
+def test_the_drop_in_is_compiled_once() -> None:
+    mask = Causal() & TRIANGLE
+    run = torch.compile(maskdsl.flex_attention, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for length in (300, 420, 540):
+            q, k, v = inputs(length)
+            out = run(q, k, v, Softcap(4.0), mask, enable_gqa=True)
+            eager = maskdsl.flex_attention(q, k, v, Softcap(4.0), mask, enable_gqa=True)
+            assert torch.allclose(out, eager, atol=1e-2)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_generate_compiles_its_steps() -> None:
+    """With a static cache transformers compiles decoding, with CUDA graphs; prompts are padded."""
+    transformers = pytest.importorskip("transformers")
+    integration = pytest.importorskip("maskdsl.integrations.transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=32,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, eos_token_id=None)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = integration.apply(model.to("cuda", torch.float32).eval(), Full())
+    ids = torch.randint(1, 97, (2, 40), device="cuda")
+    options = {"attention_mask": (torch.arange(40, device="cuda") >= torch.tensor(
+        [[0], [9]], device="cuda")).long(), "max_new_tokens": 8, "do_sample": False}
+    made = model.generate(ids, cache_implementation="static", **options)
+    assert torch.equal(made, model.generate(ids, **options))
+
+
 def test_twenty_lengths_compile_once() -> None:
     attn = maskdsl.compile(TRIANGLE)
 

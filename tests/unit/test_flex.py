@@ -176,6 +176,14 @@ def test_mistakes_are_told(call: Any, error: type[Exception], told: str) -> None
     (lambda b, h, q, k: (k >= 5) & (k < 9), KeyRange(5, 9)),
     (lambda b, h, q, k: q - k == 3, Band(3)),
     (lambda b, h, q, k: torch.abs(q - k) <= 3, Window(4, 3)),
+    (lambda b, h, q, k: ~(q < k) * (q - k < 9), Window(9)),
+    (lambda b, h, q, k: (q >= k) ^ (k < 4), (Causal() | Sink(4)) - (Causal() & Sink(4))),
+    (lambda b, h, q, k: (q >> 4) == (k >> 4), Chunk(16)),
+    (lambda b, h, q, k: torch.div(q, 9, rounding_mode="floor") == torch.floor_divide(k, 9),
+     Chunk(9)),
+    (lambda b, h, q, k: torch.clamp(q - k, min=0) < 4, Window(4, 1 << 29)),
+    (lambda b, h, q, k: torch.where(k < 4, q >= 0, q >= k), PrefixLM(4)),
+    (lambda b, h, q, k: torch.ones_like(q, dtype=torch.bool), Full()),
     (noop_mask, Full()),
 ])
 def test_functions_become_atoms(fn: Any, mask: Mask) -> None:
