@@ -92,6 +92,24 @@ def row_intervals(piece: Piece, p: Ints, shape: Shape, head: int = 0,
     return lo, np.maximum(lo, hi)
 
 
+def unite_intervals(bounds: list[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
+    """The disjoint union of the intervals [lo, hi) of every row, int64[intervals, rows] each."""
+    # Sorting starts and ends apart keeps how many intervals cover each key, hence their union.
+    lo = np.sort(np.stack([b[0] for b in bounds]), axis=0)
+    hi = np.sort(np.stack([b[1] for b in bounds]), axis=0)
+    lo[1:] = np.maximum(lo[1:], hi[:-1])
+    return lo, np.maximum(lo, hi)
+
+
+def guard_rows(piece: Piece, shape: Shape) -> tuple[int, int]:
+    """The query rows [first, stop) of a call that have a piece without data in its row guards."""
+    names = names_of(shape)
+    ends = [max([shape.q_offset, *(int(evaluate(write_integer(t), **names)) for t in piece.first)]),
+            min([shape.q_offset + shape.q_len,
+                 *(int(evaluate(write_integer(t), **names)) for t in piece.last)])]
+    return ends[0] - shape.q_offset, ends[1] - shape.q_offset
+
+
 def live_rows(mask: Mask, p: Ints, k: Ints, shape: Shape, head: int = 0) -> npt.NDArray[np.bool_]:
     """bool[len(p), len(k)], rasterised from the spans (not from `contains`)."""
     live = np.zeros((len(p), len(k)), dtype=bool)
@@ -135,11 +153,7 @@ def count_rows(mask: Mask, p: Ints, shape: Shape, head: int = 0, batch: int = 0,
     if not pieces:
         return np.zeros_like(p)
     names = names_of(shape, batch, head, mask, bound)
-    bounds = [row_intervals(piece, p, shape, head, names) for piece in pieces]
-    # Sorting starts and ends apart keeps how many intervals cover each key, hence their union.
-    lo = np.sort(np.stack([b[0] for b in bounds]), axis=0)
-    hi = np.sort(np.stack([b[1] for b in bounds]), axis=0)
-    lo[1:] = np.maximum(lo[1:], hi[:-1])
+    lo, hi = unite_intervals([row_intervals(piece, p, shape, head, names) for piece in pieces])
     counts: Ints = (hi - lo).sum(axis=0)
     return counts
 
