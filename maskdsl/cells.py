@@ -290,12 +290,16 @@ def find_sources(mask: Mask, grid: Grid, view: View) -> Sources:
     if len(parts) == 1:
         return Sources((parts[0][0],), np.where(whole.live, 0, -1), whole)
     each = [measure_cells(part, grid, view) for _, part in parts]
-    if whole.unsure.any():  # what one operand leaves open another may settle
-        settled = reduce(np.logical_or, (cells.live & ~cells.unsure for cells in each))
-        whole = replace(whole, unsure=whole.unsure & ~settled)
+    whole = settle(whole, each)
     weight = np.stack([np.where(cells.live, cells.share + 1e-9, -1.0) for cells in each])
     owner = np.where(whole.live, weight.argmax(0), -1)
     return Sources(tuple(name for name, _ in parts), owner, whole)
+
+
+def settle(whole: Cells, each: list[Cells]) -> Cells:
+    """The cells of a union: what one operand leaves open another may settle."""
+    settled = reduce(np.logical_or, (cells.live & ~cells.unsure for cells in each))
+    return replace(whole, unsure=whole.unsure & ~settled)
 
 
 def mean_share(cells: Cells, grid: Grid) -> float:

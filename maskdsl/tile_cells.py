@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskdsl.cells import PAIRS_AT_ONCE, SAMPLES, Grid, find_sources, split_boxes, view_call
+from maskdsl.cells import (
+    PAIRS_AT_ONCE,
+    SAMPLES,
+    Grid,
+    measure_cells,
+    parts_of,
+    settle,
+    split_boxes,
+    view_call,
+)
 from maskdsl.expr import Mask
 from maskdsl.grains import grains_of
 from maskdsl.heads import pick_head
@@ -40,7 +49,9 @@ def measure_tiles(mask: Mask, grid: Grid, view: View,
         some, all_ = judge_tiles(mask, _box(rows[y], keys[x], tile, view), used, view)
         full[y, x] = (all_ & used).sum((1, 2)) / used.sum((1, 2))
         masked[y, x] = (some & ~all_ & used).sum((1, 2)) / used.sum((1, 2))
-    cells = find_sources(mask, grid, view).cells
+    cells = measure_cells(mask, grid, view)
+    if cells.unsure.any():
+        cells = settle(cells, [measure_cells(part, grid, view) for _, part in parts_of(mask)])
     return full, masked, (cells.live & ~cells.unsure & (full < 1)) | (masked > 0)
 
 
