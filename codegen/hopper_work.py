@@ -83,7 +83,7 @@ def count_hopper(mask: Mask, shape: Shape, call: CallHeads, processors: int,
         more = live_pairs(mask, shape, None, batch, head) if live is not None else None
         live = None if live is None or more is None else live + heads * more
     masked, full = count_tiles(plan, config, shape)
-    rows = classify_rows(plan, shape, (full, masked)) if with_pairs else ()
+    rows = classify_rows(plan, shape, {"full": full, "masked": masked}) if with_pairs else ()
     return KindWork(mask, call.heads, live, visited, plan, rows), HopperCut(config, cut, processors)
 
 

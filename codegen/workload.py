@@ -18,7 +18,7 @@ from maskdsl.codegen.live import count_live
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan
 from maskdsl.codegen.row_classes import RowClass, classify_rows
-from maskdsl.codegen.visits import Visited, count_visits
+from maskdsl.codegen.visits import Visited, count_steps, sum_steps
 from maskdsl.dynamic import slots_of
 from maskdsl.expr import Mask
 from maskdsl.shape import Shape, Site
@@ -52,6 +52,9 @@ class KindWork:
     visited     steps of the loops
     plan        how their kernel walks the mask
     rows        which rows see which keys; () where they were not asked for
+    which       the query heads, by number; () for all of them
+    entries     how many sets of heads and batch entries differ in their work; `rows` are of the
+                first
     """
 
     mask: Mask
@@ -60,6 +63,8 @@ class KindWork:
     visited: Visited
     plan: Plan
     rows: tuple[RowClass, ...] = ()
+    which: tuple[int, ...] = ()
+    entries: int = 1
 
 
 def count_work(mask: Mask, tile: tuple[int, int], shape: Shape, call: CallHeads,
@@ -76,13 +81,17 @@ def count_work(mask: Mask, tile: tuple[int, int], shape: Shape, call: CallHeads,
         plan = make_plan(one if widen is None or is_traceable(one) else widen(one), *tile)
         entries = count_entries(one, heads or tuple(range(call.heads)), call, data)
         visited, live = Visited(), 0 if with_pairs else None
+        rows: tuple[RowClass, ...] | None = None if with_pairs else ()
         for (batch, head), times in entries.items():
             bound = None if data is None else HeadData(data, shape, batch, head, call.heads)
-            visited = visited.plus(count_visits(plan, shape, bound, batch, head), times)
+            steps = count_steps(plan, shape, bound, batch, head)
+            visited = visited.plus(sum_steps(steps), times)
+            if rows is None:
+                rows = classify_rows(plan, shape, steps, None if bound is None else bound.bound)
             more = live_pairs(one, shape, bound, batch, head) if live is not None else None
             live = None if live is None or more is None else live + times * more
-        rows = classify_rows(plan, shape) if with_pairs else ()
-        found.append(KindWork(one, len(heads) or call.heads, live, visited, plan, rows))
+        found.append(KindWork(one, len(heads) or call.heads, live, visited, plan, rows or (), heads,
+                              len(entries)))
     return tuple(found)
 
 
