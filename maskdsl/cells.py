@@ -27,6 +27,7 @@ SHORTEST, LONGEST = 32, 1 << 20  # tokens, of a picture whose length was not giv
 SAMPLES = 8  # pairs asked along each side of a cell that no bound decides
 SPLIT = 8  # boxes along each side of a cell in which no asked pair was live
 PAIRS_AT_ONCE = 1 << 21
+Range = tuple[int, int]  # (first, last + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,11 @@ class Grid:
     def shape(self) -> tuple[int, int]:
         """(height, width) in cells."""
         return len(self.rows) - 1, len(self.keys) - 1
+
+    @property
+    def whole(self) -> tuple[Range, Range]:
+        """(first, last + 1) query row, and key."""
+        return ((int(self.rows[0]), int(self.rows[-1])), (int(self.keys[0]), int(self.keys[-1])))
 
     def box(self, q_offset: int) -> Box:
         """Its cells as boxes of absolute positions."""
@@ -103,6 +109,15 @@ def call_shape(mask: Mask, q_len: int | None, kv_len: int | None, q_offset: int 
     rows = default_length(mask) if q_len is None else q_len
     return Shape(rows, rows if kv_len is None else kv_len, q_offset,  # type: ignore[arg-type]
                  total_len)  # type: ignore[arg-type]
+
+
+def check_range(name: str, given: Range | None, size: int) -> Range:
+    """The part to draw, or a PictureError where nothing is in it."""
+    start, stop = given or (0, size)
+    if not 0 <= start < stop <= size:
+        raise PictureError(f"{name}=({start}, {stop}) of {size}", "an empty or impossible part",
+                           f"{name}=(0, {size})" if size else "a call with queries and keys")
+    return start, stop
 
 
 def view_call(mask: Mask, shape: Shape, batch: int = 0, head: int = 0, heads: int | None = None,

@@ -19,7 +19,9 @@ from maskdsl.cells import (
     PALETTE,
     Cells,
     Grid,
+    Range,
     call_shape,
+    check_range,
     find_sources,
     mean_share,
     view_call,
@@ -40,7 +42,6 @@ FAINTEST = 0.35  # tint of a cell with a single live pair; 1 where all are live
 UNSURE = 0.12  # of a cell of which only so much is known that it may hold one
 MOST_UNEQUAL = 8  # longer side over the shorter one, of a picture drawn to scale
 TILE_COLOURS = {"FULL": "#0072b2", "MASKED": "#e69f00"}
-Range = tuple[int, int]
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -112,15 +113,6 @@ def plot_mask(mask: Mask, q_len: int | None = None,  # noqa: PLR0913, options by
     axes.set_title(shorten(repr(mask), 70, 4), fontsize=9, loc="left", pad=18)
     add_legend(figure, legend)
     return finish(figure, path)
-
-
-def check_range(name: str, given: Range | None, size: int) -> Range:
-    """The part to draw, or a PictureError where nothing is in it."""
-    start, stop = given or (0, size)
-    if not 0 <= start < stop <= size:
-        raise PictureError(f"{name}=({start}, {stop}) of {size}", "an empty or impossible part",
-                           f"{name}=(0, {size})" if size else "a call with queries and keys")
-    return start, stop
 
 
 def draw_axes(axes: Axes, mask: Mask, view: View, by: str, rows: Range, keys: Range,
