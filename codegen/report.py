@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html as escape
+import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,21 @@ Table = list[tuple[str, list[str]]]  # (label, lines)
 BOUNDS = {"compute": "compute-bound", "memory": "memory-bound",
           "longest item": "bound by its longest item", "host": "bound by the host"}
 MANY_HEADS = 8  # kinds of heads told one by one; the rest is summed up
+WIDTH = 96  # characters of a line of text
 LONGEST_HEADS = 40  # characters of the numbers of heads
 
 
 def text(table: Table) -> str:
-    """Labels in a column of 14 characters, lines beside them."""
-    return "\n".join(f"{label if i == 0 else '':<14}{line}"
-                     for label, lines in table for i, line in enumerate(lines))
+    """Labels in a column of 14 characters, lines beside them, folded at WIDTH characters."""
+    return "\n".join(f"{label if i == 0 else '':<14}{line}" for label, lines in table
+                     for i, line in enumerate(part for line in lines for part in fold(line)))
+
+
+def fold(line: str) -> list[str]:
+    """A line in lines of up to WIDTH characters, all with its indentation and two spaces more."""
+    space = " " * (len(line) - len(line.lstrip(" ")))
+    return textwrap.wrap(line, WIDTH - 14, subsequent_indent=space + "  ", break_long_words=False,
+                         break_on_hyphens=False) or [line]
 
 
 def markdown(table: Table) -> str:
