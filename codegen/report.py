@@ -18,7 +18,7 @@ Table = list[tuple[str, list[str]]]  # (label, lines)
 BOUNDS = {"compute": "compute-bound", "memory": "memory-bound",
           "longest item": "bound by its longest item", "host": "bound by the host"}
 MANY_HEADS = 8  # kinds of heads told one by one; the rest is summed up
-WIDTH = 96  # characters of a line of text
+WIDTH = 100  # characters of a line of text
 LONGEST_HEADS = 40  # characters of the numbers of heads
 
 

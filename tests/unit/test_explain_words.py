@@ -221,7 +221,7 @@ def test_why_there_is_no_crossover() -> None:
     assert "every tile would have to be tested" in " ".join(str(told).split())
     told = explain(Document("d"), 500, backend="torch")
     assert told.crossover is None and "data of one length" in told.no_crossover
-    assert max(map(len, str(told).splitlines())) <= 96
+    assert max(map(len, str(told).splitlines())) <= 100
 
 
 def test_markdown_and_html_keep_what_a_mask_is_called() -> None:
