@@ -23,6 +23,8 @@ from maskdsl.plot import new_figure
 
 RESULTS = Path(__file__).parent / "benchmarks"
 MASK = m.Causal() & (m.Sink(4) | m.Window(2048) | m.LastQ(64))
+STREAMING = m.Sink(4) | m.Window(64)
+HEADS = m.Causal() & m.PerHead([m.Causal(), STREAMING, m.Window(128), STREAMING])
 BAR = 0.3  # inches
 Rows = list[dict[str, Any]]
 
@@ -73,7 +75,7 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     if asked is None:
         return markdown
     title, _, rest = markdown.partition("\n")
-    return f"{title}\n\n{asked[0].upper()}{asked[1:]}.\n{rest}"
+    return f"{title}\n\n{asked[0].upper()}{asked[1:].rstrip('.')}.\n{rest}"
 
 
 def read_questions() -> dict[str, str]:
@@ -120,8 +122,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "perf_compare.svg": lambda: draw_bars("compare", "ms", "milliseconds, logarithmic", call_size,
                                           lambda row: str(row["kernel"]), True),
     "study_pareto.svg": draw_study,
-    "plot_heads.svg": lambda: to_svg((m.Causal() & m.PerHead(
-        [m.Causal(), m.Sink(4) | m.Window(64), m.Window(128), m.Sink(4) | m.Window(64)])).plot(512)),
+    "plot_heads.svg": lambda: to_svg(HEADS.plot(512)),
     "plot_layers.svg": lambda: to_svg(m.plot_masks(patterns.triangle_mix(8, [0, 1, 5]), 4096)),
     "perf_forward.svg": lambda: draw_bars("forward", "ms", "milliseconds", mask_and_length,
                                           lambda row: str(row["kernel"])),

@@ -57,7 +57,8 @@ def add_bench(parser: argparse.ArgumentParser, mask_text: Callable[[str], Mask],
     for name, value, told in (("--batch", 1, "batch size"),
                               ("--heads", None, "query heads (default: the masks', or 8)"),
                               ("--kv-heads", None, "key/value heads (default: --heads)"),
-                              ("--head-dim", 64, "head dimension"), ("--repeat", 10, "calls")):
+                              ("--head-dim", 64, "head dimension"),
+                              ("--repeat", None, "calls (default: 10 on a GPU, 3 without)")):
         parser.add_argument(name, type=positive, default=value,
                             help=told if "default:" in told else f"{told} (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES,
@@ -82,6 +83,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
     device = check_device(args.device)
     dtype = DTYPES[args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")]
+    args.repeat = args.repeat or (10 if device.startswith("cuda") else 3)
     lengths = args.lengths or [8192 if device.startswith("cuda") else 2048]
     check_masks(args)
     attns = [compile(mask, causal=not args.no_causal, backend=args.backend) for mask in args.masks]
@@ -199,4 +201,7 @@ def describe(rows: list[Timing], args: argparse.Namespace, device: str,
     table = [(row.mask, f"{row.length:,}", row.backend, *(map(format_number, (
         row.median_ms, row.least_ms, row.first_ms, row.predicted_ms, row.dense_ms,
         row.dense_ms / row.median_ms if row.dense_ms else None)))) for row in rows]
-    return f"{told}\n{format_table(header, table)}"
+    slow = "" if device.startswith("cuda") else (
+        "\nnote: without a GPU masks run on torch operations, which are right but not fast; what a "
+        "kernel would take: maskdsl explain")
+    return f"{told}\n{format_table(header, table)}{slow}"
