@@ -151,4 +151,5 @@ def predict(rates: Rates, tile: tuple[int, int], shape: Shape, call: CallHeads, 
         times["host"], bound_by, tile_tflop,
         None if live_pairs is None else operations * live_pairs / 1e12,
         tile_tflop / rates.tera_flops * 1e3, tuple(notes),
-        (f"steps of {tile[0]} x {tile[1]} tiles: {steps.source}", *rates.sources))
+        (*(() if notes and notes[0] == steps.source else
+           (f"steps of {tile[0]} x {tile[1]} tiles: {steps.source}",)), *rates.sources))

@@ -210,6 +210,7 @@ def find_cost(pattern: Pattern, shape: Shape, layer: Layer, causal: bool,
     given  the slots' data of every layer
     """
     shares, times = [], []
+    chip = None if torch.cuda.is_available() else "H100"  # what counts is the kernel of a GPU
     for mask in dict.fromkeys(pattern.masks):
         layers = [i for i, other in enumerate(pattern.masks) if other == mask]
         asked = [layers[0], layers[-1]] if slots_of(mask) and len(layers) > 1 else layers[:1]
@@ -218,7 +219,7 @@ def find_cost(pattern: Pattern, shape: Shape, layer: Layer, causal: bool,
             data: dict[str, Any] = dict(given[i])
             told = attn.explain(shape.q_len, shape.kv_len, batch=layer.q.shape[0],
                                 heads=layer.q.shape[1], kv_heads=layer.k.shape[1],
-                                head_dim=layer.q.shape[3], **data)
+                                head_dim=layer.q.shape[3], chip=chip, **data)
             weight = len(layers) / len(asked) / len(pattern.masks)
             shares.append(weight / max(told.tile_speedup, 1e-9))
             times.append(None if told.prediction is None else weight * told.prediction.ms)

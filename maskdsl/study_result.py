@@ -30,8 +30,8 @@ HEADER = ("pattern", "mass %", "worst head", "recall %", "error %", "pairs %", "
 class Cost:
     """From `explain`, mean over layers; None where it cannot tell.
 
-    tiles  visited tiles over those of dense causal attention; ms: predicted, all heads and batch
-           entries of a layer
+    tiles  pairs in visited tiles over those of dense causal attention, by the kernel here, or that
+           of an H100 where there is no GPU; ms: predicted, all heads and batch entries of a layer
     """
 
     tiles: float | None
@@ -134,8 +134,10 @@ class Study:
 
     def plot(self, path: str | Path | None = None, *, cost: str | None = None) -> Figure:
         """What each pattern loses over what it costs (`cost` as in `front`), with the Pareto front;
-        a second panel for the output error where values were given. Bars reach to the worst and best
-        head; what loses 0.01 % or less lies on a line at the bottom."""
+        a second panel for the output error where values were given.
+
+        Bars reach to the worst and best head; what loses 0.01 % or less lies on a line at the
+        bottom."""
         panels = [("attention mass lost, %", 1 - self.mass)]
         if self.error is not None:
             panels.append(("output error, %", self.error))

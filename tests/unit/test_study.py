@@ -97,7 +97,7 @@ def test_heads_slots_and_layers_of_their_own() -> None:
         check(told, 1, i, plain(layer, Window(4) if i else Full(), 8))
         check(told, 2, i, plain(layer, Sink(1) | VerticalSlash("vs"), 8, {"vs": vs}))
     counted = compile(Sink(1) | VerticalSlash("vs")).explain(
-        layers[0].q.shape[2], batch=layers[0].q.shape[0], heads=4, vs=vs,
+        layers[0].q.shape[2], batch=layers[0].q.shape[0], heads=4, vs=vs, chip="H100",
         kv_heads=layers[0].k.shape[1], head_dim=layers[0].q.shape[3])
     assert told.costs[2].tiles == pytest.approx(1 / counted.tile_speedup)
     assert told.costs[2].ms is not None
