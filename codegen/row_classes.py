@@ -15,8 +15,8 @@ from maskdsl.codegen.visits import count_steps
 from maskdsl.codegen.words import describe_keys
 from maskdsl.shape import Shape
 from maskdsl.spans import spans
-from maskdsl.text import write_integer
-from maskdsl.tiles import Ints, evaluate, names_of
+from maskdsl.text import evaluate, write_integer
+from maskdsl.tiles import Ints, names_of
 from maskdsl.trace import is_traceable
 
 MOST = 12  # classes told one by one

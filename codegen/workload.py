@@ -23,7 +23,7 @@ from maskdsl.dynamic import slots_of
 from maskdsl.expr import Mask
 from maskdsl.shape import Shape, Site
 from maskdsl.spans import Piece, spans
-from maskdsl.tiles import count_pairs
+from maskdsl.tiles import can_count, count_pairs
 from maskdsl.trace import BATCH, HEAD, Condition, Ge, Has, is_traceable
 
 PAIR_LIMIT = 1 << 30  # pairs of one head tested one by one where no interval decides
@@ -135,7 +135,7 @@ def live_pairs(mask: Mask, shape: Shape, data: HeadData | None, batch: int,
     if data is None:
         base = base_of(mask)
         exact = all(piece.is_exact for piece in spans(base))
-        return count_pairs(base, shape, head) if exact or few else None
+        return count_pairs(base, shape, head) if exact or few or can_count(base, shape) else None
     if all(piece.is_exact for piece in pieces):
         return count_pairs(mask, shape, head, batch, data.bound)
     if shape.q_len * shape.kv_len > LIST_LIMIT:

@@ -14,7 +14,7 @@ import sympy
 
 from maskdsl.expr import Mask
 from maskdsl.raster import Bools, Ints, trace_or_none
-from maskdsl.trace import Condition, Ge, Has, K, P
+from maskdsl.trace import K, P, values_of
 
 MOST_GRAINS = 2  # sizes a box is split by, the largest ones
 Grain = tuple[int, int]  # (size, shift): jumps where place + shift is a multiple of size
@@ -35,15 +35,6 @@ def grains_of(mask: Mask) -> tuple[Grains, Grains]:
                         places.add((size, int(shift) % size))
     rows, keys = (tuple(sorted(places, reverse=True)[:MOST_GRAINS]) for places in found)
     return rows, keys
-
-
-def values_of(condition: Condition) -> Iterator[sympy.Expr]:
-    """The integer expressions of all comparisons."""
-    if isinstance(condition, Ge):
-        yield condition.value
-    elif not isinstance(condition, Has):
-        for arg in condition.args:
-            yield from values_of(arg)
 
 
 def steps_of(value: sympy.Expr) -> Iterator[tuple[int, sympy.Expr]]:

@@ -26,7 +26,7 @@ from maskdsl.plot import add_legend, draw_axes, finish, format_tokens, new_figur
 from maskdsl.raster import is_opaque
 from maskdsl.shape import Shape
 from maskdsl.spans import spans
-from maskdsl.tiles import count_pairs
+from maskdsl.tiles import can_count, count_pairs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,7 +135,8 @@ def live_share(mask: Mask, length: int) -> tuple[float, bool]:
     """(live pairs of a square call over its causal pairs, whether exact)."""
     shape = Shape(length, length)
     causal = length * (length + 1) / 2
-    if not is_opaque(mask) and all(piece.is_exact for piece in spans(mask)):
+    if not is_opaque(mask) and (all(piece.is_exact for piece in spans(mask))
+                                or can_count(mask, shape)):
         return count_pairs(mask, shape) / causal, True
     grid = Grid.over((0, length), (0, length), 128, 128)
     share = mean_share(measure_cells(mask, grid, view_call(mask, shape)), grid)
@@ -149,8 +150,8 @@ def plot_sparsity(masks: Masks, lengths: Iterable[int] = LENGTHS, *,
     masks    as in `plot_masks`; of PerHead the mean over the heads
     lengths  tokens; default 1K to 1M
 
-    Live pairs are counted exactly where intervals decide (full lines) and estimated from spread
-    pairs where they do not (broken lines). Lengths beyond what a mask is defined for are left out.
+    Live pairs are counted exactly where intervals decide or rows repeat (full lines), and estimated
+    from spread pairs where neither is so (broken lines). Lengths beyond what a mask is defined for are left out.
     """
     figure = new_figure(9.2, 4.2)
     from matplotlib.ticker import FuncFormatter

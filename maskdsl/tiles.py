@@ -15,9 +15,10 @@ import sympy
 
 from maskdsl.dynamic import Document, Prefix, SlotMask, slots_of
 from maskdsl.expr import Mask
+from maskdsl.row_counts import count_by_classes, is_countable
 from maskdsl.shape import Shape
 from maskdsl.spans import Piece, spans
-from maskdsl.text import NUMPY_NAMES, write_condition, write_integer
+from maskdsl.text import evaluate, write_condition, write_integer
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 
@@ -28,11 +29,6 @@ class TileClass(enum.Enum):
     DEAD = "dead"
     MIXED = "mixed"
     FULL = "full"
-
-
-def evaluate(text: str, **values: Any) -> Any:
-    """Run one emitted expression on numpy arrays."""
-    return eval(text, dict(NUMPY_NAMES), values)
 
 
 def _largest(terms: tuple[sympy.Expr, ...], values: dict[str, Any], default: Ints) -> Ints:
@@ -148,12 +144,14 @@ def count_rows(mask: Mask, p: Ints, shape: Shape, head: int = 0, batch: int = 0,
     """Live keys of every row in `p`, int64[len(p)]; `bound` as in `names_of`, and only for masks
     whose rows are intervals."""
     pieces = spans(mask)
-    if not all(piece.is_exact for piece in pieces):
-        return _count_tested(mask, p, shape, head)
     if not pieces:
         return np.zeros_like(p)
     names = names_of(shape, batch, head, mask, bound)
-    lo, hi = unite_intervals([row_intervals(piece, p, shape, head, names) for piece in pieces])
+    bounds = [row_intervals(piece, p, shape, head, names) for piece in pieces]
+    if not all(piece.is_exact for piece in pieces):
+        counted = count_by_classes(pieces, bounds, p, shape.kv_len, names)
+        return _count_tested(mask, p, shape, head) if counted is None else counted
+    lo, hi = unite_intervals(bounds)
     counts: Ints = (hi - lo).sum(axis=0)
     return counts
 
@@ -165,6 +163,12 @@ def _count_tested(mask: Mask, p: Ints, shape: Shape, head: int, step: int = 1 <<
     parts = [live_rows(mask, p[i:i + rows], k, shape, head).sum(axis=1)
              for i in range(0, len(p), rows)]
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros_like(p)
+
+
+def can_count(mask: Mask, shape: Shape) -> bool:
+    """Whether the rows of a call are counted without testing every pair."""
+    p = np.arange(shape.q_len, dtype=np.int64) + shape.q_offset
+    return is_countable(spans(mask), p, shape.kv_len)
 
 
 def count_pairs(mask: Mask, shape: Shape, head: int = 0, batch: int = 0,
