@@ -7,7 +7,7 @@ once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,11 +88,17 @@ def count_work(mask: Mask, tile: tuple[int, int], shape: Shape, call: CallHeads,
             visited = visited.plus(sum_steps(steps), times)
             if rows is None:
                 rows = classify_rows(plan, shape, steps, None if bound is None else bound.bound)
+                rows = rows if is_traceable(one) else tuple(map(ask_pairs, rows))
             more = live_pairs(one, shape, bound, batch, head) if live is not None else None
             live = None if live is None or more is None else live + times * more
         found.append(KindWork(one, len(heads) or call.heads, live, visited, plan, rows or (), heads,
                               len(entries)))
     return tuple(found)
+
+
+def ask_pairs(rows: RowClass) -> RowClass:
+    """The class of a superset, where a function of the user's is asked for every pair."""
+    return replace(rows, keys=tuple(f"{keys}, each asked" for keys in rows.keys))
 
 
 def count_entries(mask: Mask, heads: tuple[int, ...], call: CallHeads,

@@ -151,7 +151,8 @@ def plot_sparsity(masks: Masks, lengths: Iterable[int] = LENGTHS, *,
     lengths  tokens; default 1K to 1M
 
     Live pairs are counted exactly where intervals decide or rows repeat (full lines), and estimated
-    from spread pairs where neither is so (broken lines). Lengths beyond what a mask is defined for are left out.
+    from spread pairs where neither is so (broken lines). Lengths beyond what a mask is defined for
+    are left out.
     """
     figure = new_figure(9.2, 4.2)
     from matplotlib.ticker import FuncFormatter

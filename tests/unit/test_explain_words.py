@@ -208,6 +208,13 @@ def test_work_is_told_where_nothing_can_be_predicted() -> None:
     assert told.visited_flops == 2 * 256 * told.visited_pairs
 
 
+def test_a_function_that_cannot_be_compiled_is_asked() -> None:
+    table = torch.arange(64) % 3 == 0
+    told = explain(Where(lambda b, h, q, k: table[k % 64]), 100, backend="torch")
+    assert told.kinds[0].rows[0].keys == ("all keys up to p, each asked",)
+    assert told.live_pairs == sum(p // 64 * 22 + p % 64 // 3 + 1 for p in range(100))
+
+
 def test_an_empty_mask_visits_nothing() -> None:
     told = explain(Empty(), 500, backend="torch")
     assert math.isinf(told.tile_speedup) and "no tile is visited" in str(told)
