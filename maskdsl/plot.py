@@ -35,6 +35,7 @@ from maskdsl.tile_cells import measure_tiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 WAYS = ("source", "token", "tile")
@@ -202,6 +203,16 @@ def format_tokens(n: int) -> str:
         if n and n % size == 0:
             return f"{n // size}{unit}"
     return f"{n:,}"
+
+
+def mark_plainly(*axes: Axis) -> None:
+    """Ticks at 1, 2 and 5 of every decade of logarithmic axes, as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for axis in axes:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def add_legend(figure: Figure, names: dict[str, str]) -> None:

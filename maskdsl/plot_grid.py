@@ -22,7 +22,16 @@ from maskdsl.dynamic import slots_of
 from maskdsl.errors import PictureError
 from maskdsl.expr import Mask
 from maskdsl.heads import count_heads, pick_head
-from maskdsl.plot import add_legend, draw_axes, finish, format_tokens, new_figure, patches, shorten
+from maskdsl.plot import (
+    add_legend,
+    draw_axes,
+    finish,
+    format_tokens,
+    mark_plainly,
+    new_figure,
+    patches,
+    shorten,
+)
 from maskdsl.raster import is_opaque
 from maskdsl.shape import Shape
 from maskdsl.spans import spans
@@ -155,8 +164,6 @@ def plot_sparsity(masks: Masks, lengths: Iterable[int] = LENGTHS, *,
     are left out.
     """
     figure = new_figure(9.2, 4.2)
-    from matplotlib.ticker import FuncFormatter
-
     lengths, some_estimated = list(lengths), False
     left, right = figure.subplots(1, 2)
     for i, (title, mask) in enumerate(name_masks(masks).items()):
@@ -176,7 +183,7 @@ def plot_sparsity(masks: Masks, lengths: Iterable[int] = LENGTHS, *,
         axes.set_yscale("log")
         ticks = sorted(lengths)[::2]
         axes.set_xticks(ticks, [format_tokens(n) for n in ticks])
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}"))
+        mark_plainly(axes.yaxis)
         axes.tick_params(labelsize=8)
         axes.set_xlabel("tokens")
         axes.set_title(told, fontsize=9, loc="left")

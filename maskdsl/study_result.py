@@ -13,10 +13,9 @@ import numpy.typing as npt
 from maskdsl.cells import PALETTE
 from maskdsl.columns import format_number, format_table
 from maskdsl.errors import StudyError
-from maskdsl.plot import finish, format_tokens, new_figure, shorten
+from maskdsl.plot import finish, format_tokens, mark_plainly, new_figure, shorten
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Table: TypeAlias = npt.NDArray[np.float64]
@@ -161,7 +160,7 @@ class Study:
             front = self.front(cost)
             axes.plot(paid[front], mean[front], color="0.6", linewidth=1, zorder=0)
             axes.set(xscale="log", yscale="log", xlabel=COST_TITLES[self.cost_name(cost)])
-            mark_plainly(axes)
+            mark_plainly(axes.xaxis, axes.yaxis)
             axes.set_title(told, loc="left", fontsize=9)
             axes.grid(alpha=0.3)
         handles, labels = axes.get_legend_handles_labels()
@@ -193,13 +192,3 @@ class Study:
         axes.locator_params(integer=True)
         axes.set_title(shorten(pattern, 60, 2), fontsize=9, loc="left")
         return finish(figure, path)
-
-
-def mark_plainly(axes: Axes) -> None:
-    """Ticks at 1, 2 and 5 of every decade, as plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axis.set_minor_formatter(NullFormatter())
