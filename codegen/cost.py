@@ -39,6 +39,7 @@ class Prediction:
     tile_tflop     10^12 operations on the visited tiles; live_tflop: on live pairs (None: unknown)
     roof_ms        what the visited tiles would take at the matrix product's measured rate
     notes          what was scaled or assumed
+    sources        the measurements behind the rates
     """
 
     chip: str
@@ -57,10 +58,12 @@ class Prediction:
     live_tflop: float | None
     roof_ms: float
     notes: tuple[str, ...]
+    sources: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
-        return asdict(self) | {"tile": list(self.tile), "notes": list(self.notes)}
+        return asdict(self) | {"tile": list(self.tile), "notes": list(self.notes),
+                               "sources": list(self.sources)}
 
 
 def find_rates(chip: str, target: str = "triton") -> Rates:
@@ -147,4 +150,6 @@ def predict(rates: Rates, tile: tuple[int, int], shape: Shape, call: CallHeads, 
         listing, estimate, times["compute"], times["longest item"], times["memory"],
         times["host"], bound_by, tile_tflop,
         None if live_pairs is None else operations * live_pairs / 1e12,
-        tile_tflop / rates.tera_flops * 1e3, tuple(notes))
+        tile_tflop / rates.tera_flops * 1e3, tuple(notes),
+        (*(() if notes and notes[0] == steps.source else
+           (f"steps of {tile[0]} x {tile[1]} tiles: {steps.source}",)), *rates.sources))

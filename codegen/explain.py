@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,13 +18,24 @@ from maskdsl.codegen.forecast import (
     find_crossover,
     forecast,
     forecast_dense,
+    refuse_crossover,
     total_pairs,
     total_visited,
 )
 from maskdsl.codegen.hopper_work import HopperCut, count_hopper
 from maskdsl.codegen.lists import base_of, group_heads, sort_atoms
 from maskdsl.codegen.rates import Rates
-from maskdsl.codegen.report import Table, as_dict, html, markdown, rich_table, table_of, text
+from maskdsl.codegen.report import (
+    Table,
+    as_dict,
+    format_heads,
+    html,
+    markdown,
+    name_heads,
+    rich_table,
+    table_of,
+    text,
+)
 from maskdsl.codegen.visits import Visited
 from maskdsl.codegen.workload import CallHeads, KindWork, count_work
 from maskdsl.expr import Mask
@@ -82,8 +94,8 @@ class Explanation:
                   whose keys are cut into ranges; None: another kernel
     live_pairs    (query, key) pairs the mask keeps; None where only testing could tell and there
                   are too many
-    closed_form   live pairs of one head of a square call of N tokens, as text; "" where there is
-                  none
+    closed_form   live pairs of one head of a square call of N tokens, as text; of PerHead a line
+                  for each kind of head; "" where there is none
     kinds         what each kind of head does: its mask, number of heads, pairs, tiles
     visited       steps of the loops of all heads
     all_tiles     key tiles of the whole rectangle, all heads
@@ -97,7 +109,7 @@ class Explanation:
     prediction    predicted time of the call on a named chip; None with no_prediction saying why
     dense         predicted time of dense causal attention there, by the kernel that would run it
     crossover     shortest length, in tokens, from which the mask is predicted to be faster than
-                  dense; None: not up to 128K, or not looked for
+                  dense; None with no_crossover saying why
     fallback      what a layer policy would do, where one was asked; else ""
     """
 
@@ -130,6 +142,7 @@ class Explanation:
     no_prediction: str
     dense: Prediction | None
     crossover: int | None
+    no_crossover: str
     fallback: str = ""
 
     @property
@@ -182,14 +195,19 @@ class Explanation:
             2 * (call.head_dim + call.value_dim) * self.live_pairs
 
     @property
+    def visited_flops(self) -> int:
+        """Operations on all pairs of the tiles that are computed."""
+        return 2 * (self.call.head_dim + self.call.value_dim) * self.visited_pairs
+
+    @property
     def tile_speedup(self) -> float:
         """Pairs in tiles of dense causal attention for each pair in tiles visited: the speed-up to
-        expect."""
+        expect where tiles decide; infinite where none is visited."""
         rows, shape = self.positions, self.shape
         causal = sum(-(-max(0, min(shape.kv_len, shape.q_offset + min(r + rows, shape.q_len)))
                        // self.tile[1]) for r in range(0, shape.q_len, rows))
         pairs = self.call.batch * self.call.heads * causal * rows * self.tile[1]
-        return pairs / max(self.tile[0] * self.tile[1], self.visited_pairs)
+        return pairs / self.visited_pairs if self.visited_pairs else math.inf
 
     @property
     def speedup(self) -> float | None:
@@ -242,7 +260,7 @@ def explain_call(request: Request) -> Explanation:
     simplify(request.written, laws)
     lists = sort_atoms(mask)
     prediction = dense = crossover = None
-    why = request.no_rates
+    why, no_crossover = request.no_rates, "at a length that was not looked for"
     if request.rates is not None and not is_traceable(mask):
         why = "the mask holds a function that cannot be compiled into the kernel"
     elif request.rates is not None and lists.listed and request.data is None:
@@ -251,7 +269,9 @@ def explain_call(request: Request) -> Explanation:
         prediction = predict_call(request, works)
         there = request.dense_rates or request.rates
         dense = forecast_dense(there, shape, call)
-        crossover = find_crossover(mask, request.rates, call, there)
+        no_crossover = refuse_crossover(mask)
+        crossover = None if no_crossover else find_crossover(mask, request.rates, call, there)
+        no_crossover = no_crossover or ("" if crossover else "at no length up to 131,072 tokens")
     several = call.batch * call.heads
     packed = 1 if cut is None else cut.config.heads_packed
     return Explanation(
@@ -268,7 +288,8 @@ def explain_call(request: Request) -> Explanation:
         dense_bytes=shape.q_len * shape.kv_len, slots=tuple(map(repr, lists.atoms)),
         counted=request.data is not None,
         is_dense=pairs == several * count_pairs(Causal(), shape) and pairs > 0,
-        prediction=prediction, no_prediction=why, dense=dense, crossover=crossover)
+        prediction=prediction, no_prediction=why, dense=dense, crossover=crossover,
+        no_crossover=no_crossover)
 
 
 def count_request(request: Request) -> tuple[tuple[KindWork, ...], HopperCut | None]:
@@ -292,14 +313,21 @@ def predict_call(request: Request, works: tuple[KindWork, ...]) -> Prediction:
 
 def describe_kinds(works: tuple[KindWork, ...]) -> tuple[str, ...]:
     """A line for each piece of each kind of head."""
-    return tuple(f"{f'heads {i}: ' if len(works) > 1 else ''}{describe_piece(piece)}"
-                 for i, work in enumerate(works) for piece in work.plan.pieces)
+    return tuple(f"{f'{name_heads(work)}: ' if len(works) > 1 else ''}{describe_piece(piece)}"
+                 for work in works for piece in work.plan.pieces)
 
 
 def describe_closed(mask: Mask) -> str:
-    """Live pairs of a square call of N tokens as a polynomial; "" where there is none."""
+    """Live pairs of a square call of N tokens as a polynomial, a line for each kind of head that
+    has one; "" where there is none, or where the mask ends before it holds."""
+    lines = []
+    limit = min((x for node in mask.walk() if (x := node.limit()) is not None), default=math.inf)
     kinds = group_heads(mask)
-    if len(kinds) > 1 or not is_traceable(mask) or sort_atoms(mask).atoms:
-        return ""
-    closed = count_closed(base_of(kinds[0][1]))
-    return f"{closed.pairs} pairs for N tokens, N >= {closed.valid_from}" if closed else ""
+    for heads, one in kinds:
+        if not is_traceable(one) or sort_atoms(one).atoms:
+            continue
+        closed = count_closed(base_of(one))
+        if closed is not None and closed.valid_from <= limit:
+            head = f"{format_heads(heads)}: " if len(kinds) > 1 else ""
+            lines.append(f"{head}{closed.pairs} pairs for N tokens, N >= {closed.valid_from}")
+    return "\n".join(lines)

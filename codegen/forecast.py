@@ -108,15 +108,24 @@ def is_cheap(mask: Mask) -> bool:
         mask, (64, 64), Shape(1, 1), CallHeads(), with_pairs=False))
 
 
+def refuse_crossover(mask: Mask) -> str:
+    """Why no crossover is looked for; "" where one is."""
+    if sort_atoms(mask).atoms:
+        return "at a length that was not looked for: data of one length says nothing of another"
+    if not is_cheap(mask):
+        return "at a length that was not looked for: every tile would have to be tested"
+    return ""
+
+
 def find_crossover(mask: Mask, rates: Rates, call: CallHeads,
                    dense: Rates | None = None) -> int | None:
     """The shortest square call, in tokens, that the mask makes faster than dense causal attention;
-    rounded up to 128. None: at no length up to 128K, or not looked for (lists, sieves).
+    rounded up to 128. None: at no length up to 128K, or not looked for (`refuse_crossover`).
 
     dense  the rates of the kernel that dense attention runs; default: the same
     """
     dense = dense or rates
-    if sort_atoms(mask).listed or not is_cheap(mask):
+    if refuse_crossover(mask):
         return None
 
     def wins(length: int) -> bool:

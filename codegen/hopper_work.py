@@ -98,7 +98,7 @@ def count_kind(mask: Mask, plan: Plan, heads: tuple[int, ...], shape: Shape, cal
         more = live_pairs(mask, shape, None, batch, head) if live is not None else None
         live = None if live is None or more is None else live + times * more
     masked, full = count_tiles(plan, config, shape)
-    rows = classify_rows(plan, shape, (full, masked)) if with_pairs else ()
+    rows = classify_rows(plan, shape, {"full": full, "masked": masked}) if with_pairs else ()
     return KindWork(mask, len(mine), live, visited, plan, rows)
 
 

@@ -90,7 +90,8 @@ class TritonForward:
                  must: bool = False) -> None:
         """hopper: take the Hopper kernel where a call allows; must: raise where it does not."""
         if not can_launch():
-            raise BackendError("backend='triton'", "there is no GPU here",
+            raise BackendError(f"backend={'hopper' if hopper else 'triton'!r}",
+                               "there is no GPU here",
                                "backend='torch', or TRITON_INTERPRET=1 to test on a CPU")
         self.mask, self.scores = mask, scores
         self.kinds = sorted(group_heads(mask), key=lambda kind: -mean_row_width(kind[1]))

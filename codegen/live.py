@@ -20,8 +20,8 @@ from maskdsl.codegen.writer import leaves_of
 from maskdsl.dynamic import ListMask
 from maskdsl.expr import Mask
 from maskdsl.spans import Piece, spans
-from maskdsl.text import write_condition
-from maskdsl.tiles import Ints, evaluate, names_of, row_intervals
+from maskdsl.text import evaluate, write_condition
+from maskdsl.tiles import Ints, names_of, row_intervals
 from maskdsl.trace import All, Condition, Ge, Has
 
 Words = npt.NDArray[np.uint64]

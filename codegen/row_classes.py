@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -9,15 +10,14 @@ from typing import Any
 import numpy as np
 import sympy
 
-from maskdsl.codegen.bounds import describe_piece
 from maskdsl.codegen.plan import Plan
-from maskdsl.codegen.visits import static_steps
-from maskdsl.codegen.writer import leaves_of
+from maskdsl.codegen.visits import count_steps
+from maskdsl.codegen.words import describe_keys
 from maskdsl.shape import Shape
-from maskdsl.spans import ZERO, Piece, spans
-from maskdsl.text import write_integer
-from maskdsl.tiles import Ints, evaluate, names_of
-from maskdsl.trace import KV_LEN, Has, P, is_traceable
+from maskdsl.spans import spans
+from maskdsl.text import evaluate, write_integer
+from maskdsl.tiles import Ints, names_of
+from maskdsl.trace import is_traceable
 
 MOST = 12  # classes told one by one
 
@@ -29,7 +29,7 @@ class RowClass:
     first, stop  query rows [first, stop), counted from 0
     keys         the keys of each piece, in words
     items        query tiles whose last row is among them; full, masked: the key tiles these visit
-                 in the static loops, for one head
+                 in the static loops, for one head; listed: steps that call-time data adds
     """
 
     first: int
@@ -38,23 +38,27 @@ class RowClass:
     items: int
     full: int
     masked: int
+    listed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
         return asdict(self) | {"keys": list(self.keys)}
 
 
-def classify_rows(plan: Plan, shape: Shape,
-                  steps: tuple[Ints, Ints] | None = None) -> tuple[RowClass, ...]:
+def classify_rows(plan: Plan, shape: Shape, steps: Mapping[str, Ints] | None = None,
+                  bound: Mapping[str, Any] | None = None) -> tuple[RowClass, ...]:
     """The classes of rows of one call, in order; at most MOST of them, the last one then stands for
-    all that follow. Prefixes count as empty, all tokens as one document.
+    all that follow.
 
-    steps  (full, masked) tiles of every query tile; default: those of the portable kernel's loops
+    steps  of every query tile, as `count_steps` gives them; default: those of the portable kernel
+           without data
+    bound  the data of the mask's slots for batch entry and head 0; None: prefixes count as empty,
+           all tokens as one document
     """
     if not shape.q_len:
         return ()
     pieces = spans(plan.mask) if is_traceable(plan.mask) else plan.pieces
-    names = names_of(shape, 0, 0, plan.mask)
+    names = names_of(shape, 0, 0, plan.mask, bound)
     end = shape.q_offset + shape.q_len
     guards = [(_number(piece.first, names, max, shape.q_offset),
                _number(piece.last, names, min, end)) for piece in pieces]
@@ -62,17 +66,20 @@ def classify_rows(plan: Plan, shape: Shape,
                                            if shape.q_offset < x < end)})
     more = len(edges) - 1 > MOST
     edges = [*edges[:MOST], end] if more else edges
-    values = plan.run_bounds(shape)
-    full, masked = static_steps(plan, shape, values) if steps is None else steps
+    steps = count_steps(plan, shape) if steps is None else steps
+    tiles = len(steps["full"])
+    last = shape.q_offset + np.minimum(np.arange(1, tiles + 1) * plan.block_m, shape.q_len) - 1
     found = []
     for a, b in pairwise(edges):
-        here = (values["p_last"] >= a) & (values["p_last"] < b)
+        here = (last >= a) & (last < b)
         keys = tuple(dict.fromkeys(describe_keys(piece) for piece, (first, stop) in
                                    zip(pieces, guards, strict=True) if first < b and stop > a))
         if more and b == end:
             keys = ("many classes of rows, not told one by one",)
-        found.append(RowClass(a - shape.q_offset, b - shape.q_offset, keys, int(here.sum()),
-                              int(full[here].sum()), int(masked[here].sum())))
+        counts = {name: int(count[here].sum()) for name, count in steps.items()}
+        full, masked = counts.pop("full"), counts.pop("masked")
+        found.append(RowClass(a - shape.q_offset, b - shape.q_offset, keys, int(here.sum()), full,
+                              masked, sum(counts.values())))
     return tuple(found)
 
 
@@ -81,38 +88,3 @@ def _number(terms: tuple[sympy.Expr, ...], names: dict[str, Any], extreme: Any,
     """The value of a row guard at the lengths of a call."""
     return int(extreme([default, *(int(np.max(evaluate(write_integer(t), **names)))
                                    for t in terms)]))
-
-
-def describe_keys(piece: Piece) -> str:
-    """The keys of a piece, as people say it; odd bounds as they are computed.
-
-    [max(0, p - 2047), min(kv_len, p + 1))  -->  'the last 2,048 keys up to p'
-    """
-    lower = [t for t in piece.lo if t != ZERO]
-    upper = [t for t in piece.hi if t != KV_LEN]
-    causal = P + 1 in upper
-    bound = [t for t in upper if t != P + 1]
-    until = " up to p" if causal else ""
-    if not lower and not bound:
-        text = "all keys" + until
-    elif not lower and len(bound) == 1 and bound[0].is_Integer:
-        text = f"the first {int(bound[0]):,} keys{until}"
-    elif len(lower) == 1 and not bound and causal and (P - lower[0]).is_Integer:
-        text = f"the last {int(P - lower[0]) + 1:,} keys up to p"
-    elif len(lower) == len(upper) == 1 and (upper[0] - lower[0]).is_Integer and \
-            (P - lower[0]).is_Integer:
-        first, last = int(lower[0] - P), int(upper[0] - P) - 1
-        text = f"keys p {_signed(first)} to p {_signed(last)}"
-    else:
-        text = describe_piece(Piece(piece.lo, piece.hi)).split(": ", 1)[1]
-    listed = list(leaves_of(piece.rest))
-    if isinstance(piece.rest, Has):
-        verb = "lists" if piece.rest.held else "does not list"
-        return f"{text} that {piece.rest.atom!r} {verb}"
-    if listed:
-        return f"{text}, tested with {', '.join(sorted({repr(x.atom) for x in listed}))}"
-    return text if piece.is_exact else f"{text}, tested pair by pair"
-
-
-def _signed(number: int) -> str:
-    return f"+ {number:,}" if number >= 0 else f"- {-number:,}"

@@ -65,19 +65,30 @@ class Visited:
 def count_visits(plan: Plan, shape: Shape, data: HeadData | None = None, batch: int = 0,
                  head: int = 0) -> Visited:
     """The steps of one head; without data the lists count as empty and documents as one."""
+    return sum_steps(count_steps(plan, shape, data, batch, head))
+
+
+def count_steps(plan: Plan, shape: Shape, data: HeadData | None = None, batch: int = 0,
+                head: int = 0) -> dict[str, Ints]:
+    """The steps of every query tile of one head, int64[query tiles], by the fields of `Visited`."""
     bound = None if data is None else data.bound
     values = plan.run_bounds(shape, batch, head, bound)
-    tiles = len(values["p_first"])
-    if not tiles:
-        return Visited()
     counts = dict(zip(("full", "masked"), static_steps(plan, shape, values), strict=True))
-    if data is not None and plan.lists.listed:
+    if data is not None and plan.lists.listed and len(values["p_first"]):
         if plan.lists.tables:
             counts["listed_full"], counts["listed_part"] = listed_steps(plan, values, data)
         if plan.lists.slashes:
             counts["slash"] = slash_steps(plan, values, data)
         if plan.lists.columns:
             counts["columns"] = column_steps(plan, values, data)
+    return counts
+
+
+def sum_steps(counts: dict[str, Ints]) -> Visited:
+    """The steps of all query tiles together."""
+    tiles = len(counts["full"])
+    if not tiles:
+        return Visited()
     total = sum(counts.values(), np.zeros(tiles, dtype=np.int64))
     return Visited(items=tiles, longest=int(total.max()),
                    **{name: int(count.sum()) for name, count in counts.items()})

@@ -7,7 +7,7 @@ once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ from maskdsl.codegen.live import count_live
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan
 from maskdsl.codegen.row_classes import RowClass, classify_rows
-from maskdsl.codegen.visits import Visited, count_visits
+from maskdsl.codegen.visits import Visited, count_steps, sum_steps
 from maskdsl.dynamic import slots_of
 from maskdsl.expr import Mask
 from maskdsl.shape import Shape, Site
 from maskdsl.spans import Piece, spans
-from maskdsl.tiles import count_pairs
+from maskdsl.tiles import can_count, count_pairs
 from maskdsl.trace import BATCH, HEAD, Condition, Ge, Has, is_traceable
 
 PAIR_LIMIT = 1 << 30  # pairs of one head tested one by one where no interval decides
@@ -52,6 +52,9 @@ class KindWork:
     visited     steps of the loops
     plan        how their kernel walks the mask
     rows        which rows see which keys; () where they were not asked for
+    which       the query heads, by number; () for all of them
+    entries     how many sets of heads and batch entries differ in their work; `rows` are of the
+                first
     """
 
     mask: Mask
@@ -60,6 +63,8 @@ class KindWork:
     visited: Visited
     plan: Plan
     rows: tuple[RowClass, ...] = ()
+    which: tuple[int, ...] = ()
+    entries: int = 1
 
 
 def count_work(mask: Mask, tile: tuple[int, int], shape: Shape, call: CallHeads,
@@ -76,14 +81,24 @@ def count_work(mask: Mask, tile: tuple[int, int], shape: Shape, call: CallHeads,
         plan = make_plan(one if widen is None or is_traceable(one) else widen(one), *tile)
         entries = count_entries(one, heads or tuple(range(call.heads)), call, data)
         visited, live = Visited(), 0 if with_pairs else None
+        rows: tuple[RowClass, ...] | None = None if with_pairs else ()
         for (batch, head), times in entries.items():
             bound = None if data is None else HeadData(data, shape, batch, head, call.heads)
-            visited = visited.plus(count_visits(plan, shape, bound, batch, head), times)
+            steps = count_steps(plan, shape, bound, batch, head)
+            visited = visited.plus(sum_steps(steps), times)
+            if rows is None:
+                rows = classify_rows(plan, shape, steps, None if bound is None else bound.bound)
+                rows = rows if is_traceable(one) else tuple(map(ask_pairs, rows))
             more = live_pairs(one, shape, bound, batch, head) if live is not None else None
             live = None if live is None or more is None else live + times * more
-        rows = classify_rows(plan, shape) if with_pairs else ()
-        found.append(KindWork(one, len(heads) or call.heads, live, visited, plan, rows))
+        found.append(KindWork(one, len(heads) or call.heads, live, visited, plan, rows or (), heads,
+                              len(entries)))
     return tuple(found)
+
+
+def ask_pairs(rows: RowClass) -> RowClass:
+    """The class of a superset, where a function of the user's is asked for every pair."""
+    return replace(rows, keys=tuple(f"{keys}, each asked" for keys in rows.keys))
 
 
 def count_entries(mask: Mask, heads: tuple[int, ...], call: CallHeads,
@@ -126,7 +141,7 @@ def live_pairs(mask: Mask, shape: Shape, data: HeadData | None, batch: int,
     if data is None:
         base = base_of(mask)
         exact = all(piece.is_exact for piece in spans(base))
-        return count_pairs(base, shape, head) if exact or few else None
+        return count_pairs(base, shape, head) if exact or few or can_count(base, shape) else None
     if all(piece.is_exact for piece in pieces):
         return count_pairs(mask, shape, head, batch, data.bound)
     if shape.q_len * shape.kv_len > LIST_LIMIT:

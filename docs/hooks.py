@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from mkdocs.structure.files import File, Files
 
 import maskdsl as m
@@ -21,6 +23,8 @@ from maskdsl.plot import new_figure
 
 RESULTS = Path(__file__).parent / "benchmarks"
 MASK = m.Causal() & (m.Sink(4) | m.Window(2048) | m.LastQ(64))
+STREAMING = m.Sink(4) | m.Window(64)
+HEADS = m.Causal() & m.PerHead([m.Causal(), STREAMING, m.Window(128), STREAMING])
 BAR = 0.3  # inches
 Rows = list[dict[str, Any]]
 
@@ -64,6 +68,38 @@ def draw_bars(question: str, value: str, unit: str, label: Callable[[dict[str, A
     return to_svg(figure)
 
 
+def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
+    """A page of results says first what was asked, in the words of the table of all of them."""
+    folder, _, name = page.file.src_uri.rpartition("/")
+    asked = read_questions().get(name.removesuffix(".md")) if folder == "benchmarks" else None
+    if asked is None:
+        return markdown
+    title, _, rest = markdown.partition("\n")
+    return f"{title}\n\n{asked[0].upper()}{asked[1:].rstrip('.')}.\n{rest}"
+
+
+def read_questions() -> dict[str, str]:
+    """question -> what it asks, from the first table of docs/benchmarks/README.md."""
+    found = {}
+    for line in (RESULTS / "README.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and len(cells) == 2:
+            found[re.sub(r"\[(\w+)\]\(.*\)", r"\1", cells[0])] = cells[1]
+    return found
+
+
+def draw_study() -> str:
+    """The Pareto plot of docs/study.md, from the numbers there."""
+    g = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, 2, 2048, 32, generator=g)
+    keys[:, :, :4] += 1.5
+    queries = keys.repeat_interleave(2, 1) + torch.randn(1, 4, 2048, 32, generator=g)
+    values = torch.randn(1, 2, 2048, 32, generator=g)
+    return to_svg(m.study([(queries, keys, values)], {
+        "triangle": patterns.triangle(4, 256, 64), "window": m.Window(256),
+        "streaming": patterns.streaming_llm(4, 508), "dense": m.Full()}, progress=False).plot())
+
+
 def to_svg(figure: Any) -> str:
     """The figure as SVG, without the date it was drawn."""
     file = io.StringIO()
@@ -76,7 +112,18 @@ def mask_and_length(row: dict[str, Any]) -> str:
     return f"{row.get('mask', '')} at {row['length'] // 1024}K:"
 
 
+def call_size(row: dict[str, Any]) -> str:
+    """What a row of the comparison with other kernels was measured with."""
+    heads = "" if row["heads"] == "32/8" else f", {row['heads'].partition('/')[0]} heads"
+    return f"{row['mask']} at {row['length'] // 1024}K{heads}:"
+
+
 PICTURES: dict[str, Callable[[], str]] = {
+    "perf_compare.svg": lambda: draw_bars("compare", "ms", "milliseconds, logarithmic", call_size,
+                                          lambda row: str(row["kernel"]), True),
+    "study_pareto.svg": draw_study,
+    "plot_heads.svg": lambda: to_svg(HEADS.plot(512)),
+    "plot_layers.svg": lambda: to_svg(m.plot_masks(patterns.triangle_mix(8, [0, 1, 5]), 4096)),
     "perf_forward.svg": lambda: draw_bars("forward", "ms", "milliseconds", mask_and_length,
                                           lambda row: str(row["kernel"])),
     "perf_triangle.svg": lambda: draw_bars("triangle", "ms", "milliseconds, logarithmic",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,13 @@ import numpy.typing as npt
 import torch
 
 from maskdsl.binding import bind_slots
+from maskdsl.errors import PictureError
 from maskdsl.expr import And, Mask, Or, join
+from maskdsl.grains import grains_of, split_range
 from maskdsl.heads import count_heads, pick_head
 from maskdsl.raster import Bools, Box, Ints, View, is_opaque, judge
 from maskdsl.shape import Shape, Site
+from maskdsl.shares import Shares, count_shares
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#b8a800", "#666666")
@@ -23,7 +27,7 @@ SHORTEST, LONGEST = 32, 1 << 20  # tokens, of a picture whose length was not giv
 SAMPLES = 8  # pairs asked along each side of a cell that no bound decides
 SPLIT = 8  # boxes along each side of a cell in which no asked pair was live
 PAIRS_AT_ONCE = 1 << 21
-Shares = npt.NDArray[np.float64]
+Range = tuple[int, int]  # (first, last + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,11 @@ class Grid:
     def shape(self) -> tuple[int, int]:
         """(height, width) in cells."""
         return len(self.rows) - 1, len(self.keys) - 1
+
+    @property
+    def whole(self) -> tuple[Range, Range]:
+        """(first, last + 1) query row, and key."""
+        return ((int(self.rows[0]), int(self.rows[-1])), (int(self.keys[0]), int(self.keys[-1])))
 
     def box(self, q_offset: int) -> Box:
         """Its cells as boxes of absolute positions."""
@@ -66,13 +75,16 @@ class Cells:
     live   some pair of the cell is live (of a function that cannot be traced: of the asked pairs);
            never False where a traced mask keeps a pair
     full   every pair is live
-    share  live pairs over all pairs: exact in cells of at most 8 x 8 and where full or dead, else
-           from 64 pairs spread over the cell
+    share  live pairs over all pairs: counted where intervals decide (`shares.count_shares`), exact
+           in cells of at most 8 x 8 and where full or dead, else from 64 pairs spread over the cell
+    unsure no pair that was asked is live, and the mask's formulas jump too often in the cell for
+           bounds to say that none is; a part of `live`
     """
 
     live: Bools
     full: Bools
     share: Shares
+    unsure: Bools
 
 
 def default_length(mask: Mask) -> int:
@@ -99,10 +111,23 @@ def call_shape(mask: Mask, q_len: int | None, kv_len: int | None, q_offset: int 
                  total_len)  # type: ignore[arg-type]
 
 
+def check_range(name: str, given: Range | None, size: int) -> Range:
+    """The part to draw, or a PictureError where nothing is in it."""
+    start, stop = given or (0, size)
+    if not 0 <= start < stop <= size:
+        raise PictureError(f"{name}=({start}, {stop}) of {size}", "an empty or impossible part",
+                           f"{name}=(0, {size})" if size else "a call with queries and keys")
+    return start, stop
+
+
 def view_call(mask: Mask, shape: Shape, batch: int = 0, head: int = 0, heads: int | None = None,
               slots: Mapping[str, object] | None = None) -> View:
-    """The view of one head; the number of heads comes from PerHead where the caller has none."""
+    """The view of one head; the number of heads comes from PerHead where the caller has none.
+    PictureError for a head that is not among them."""
     count = heads or count_heads(mask) or head + 1
+    if head not in range(count):
+        raise PictureError(f"head={head!r} of {count}", "there is no such head",
+                           f"head=0 to head={count - 1}")
     data = {name: to_cpu(value) for name, value in (slots or {}).items()}
     return View(shape, batch, head, count, bind_slots(mask, data, shape))
 
@@ -119,26 +144,40 @@ def to_cpu(value: Any) -> Any:
 
 
 def measure_cells(mask: Mask, grid: Grid, view: View) -> Cells:
-    """Bounds decide most cells; the others are asked at 64 pairs, and split where all were dead."""
+    """Bounds decide most cells. The others are counted where intervals decide, else asked at 64
+    pairs, and split where all were dead."""
     mask = pick_head(mask, view.head)
     box = grid.box(view.shape.q_offset)
     live, full = (part.copy() for part in judge(mask, box, view))
-    share = full.astype(np.float64)
+    share, unsure = full.astype(np.float64), np.zeros(full.shape, dtype=bool)
     open_ = live & ~full
     if not open_.any():
-        return Cells(live, full, share)
+        return Cells(live, full, share, unsure)
     chosen = box.take(open_)
-    asked, exact = ask_pairs(mask, chosen, view)
+    asked, exact = count_or_ask(mask, grid, view, open_)
     share[open_] = asked
     doubtful = ~exact & (asked == 0)
     still = np.where(exact, asked > 0, True)
     if is_opaque(mask):
         still[doubtful] = False
     elif doubtful.any():
-        still[doubtful] = split_boxes(mask, chosen.take(doubtful), view)
+        may, known = split_boxes(mask, chosen.take(doubtful), view)
+        still[doubtful], open_unsure = may, np.zeros_like(doubtful)
+        open_unsure[doubtful] = may & ~known
+        unsure[open_] = open_unsure
     live[open_] = still
     full[open_] = exact & (asked == 1)
-    return Cells(live, full, share)
+    return Cells(live, full, share, unsure)
+
+
+def count_or_ask(mask: Mask, grid: Grid, view: View, open_: Bools) -> tuple[Shares, Bools]:
+    """(live share, whether it is exact) of the cells `open_`, flat."""
+    counted = None if is_opaque(mask) else \
+        count_shares(mask, grid.rows, grid.keys, view.shape, view.head)
+    if counted is None:
+        return ask_pairs(mask, grid.box(view.shape.q_offset).take(open_), view)
+    shares, exact = counted
+    return shares[open_], np.broadcast_to(exact[:, None], open_.shape)[open_]
 
 
 def ask_pairs(mask: Mask, box: Box, view: View) -> tuple[Shares, Bools]:
@@ -189,15 +228,31 @@ def _shifted(box: Box, k: Ints, every: Bools) -> Ints:
     return np.where(every[:, None, None], k[:, None, :], moved)
 
 
-def split_boxes(mask: Mask, box: Box, view: View) -> Bools:
-    """Whether any of the 8 x 8 parts of each flat box may hold a live pair."""
-    n = len(box.p_lo)
+def split_boxes(mask: Mask, box: Box, view: View, evenly: bool = True) -> tuple[Bools, Bools]:
+    """(whether any part of each flat box may hold a live pair, whether no formula jumps inside the
+    parts): parts where the mask's formulas jump, then (`evenly`) 8 x 8 equal ones."""
+    live = np.ones(len(box.p_lo), bool)
+    rows, keys = grains_of(mask)
+    p_lo, p_hi, p_fits = split_range(box.p_lo, box.p_hi, rows, SPLIT)
+    k_lo, k_hi, k_fits = split_range(box.k_lo, box.k_hi, keys, SPLIT)
+    known = p_fits & k_fits
+    if rows or keys:
+        live[known] = judge_parts(mask, [x[known] for x in (p_lo, p_hi, k_lo, k_hi)], view)
+    if evenly:
+        part = box.take(live)
+        live[live] = judge_parts(
+            mask, [*_parts(part.p_lo, part.p_hi), *_parts(part.k_lo, part.k_hi)], view)
+    return live, known
+
+
+def judge_parts(mask: Mask, parts: list[Ints], view: View) -> Bools:
+    """Whether a part of each box may hold a live pair; the parts are all rows times all keys of
+    (p_lo, p_hi, k_lo, k_hi), int64[boxes, parts] each."""
+    n, pieces = len(parts[0]), parts[0].shape[1] * parts[2].shape[1]
     live = np.zeros(n, bool)
-    step = max(1, PAIRS_AT_ONCE // SPLIT**2)
+    step = max(1, PAIRS_AT_ONCE // pieces)
     for i in range(0, n, step):
-        part = box.take(_slice(n, i, step))
-        p_lo, p_hi = _parts(part.p_lo, part.p_hi)
-        k_lo, k_hi = _parts(part.k_lo, part.k_hi)
+        p_lo, p_hi, k_lo, k_hi = (part[i:i + step] for part in parts)
         may, _ = judge(mask, Box(p_lo[:, :, None], p_hi[:, :, None], k_lo[:, None], k_hi[:, None]),
                        view)
         live[i:i + step] = may.any((1, 2))
@@ -250,9 +305,16 @@ def find_sources(mask: Mask, grid: Grid, view: View) -> Sources:
     if len(parts) == 1:
         return Sources((parts[0][0],), np.where(whole.live, 0, -1), whole)
     each = [measure_cells(part, grid, view) for _, part in parts]
+    whole = settle(whole, each)
     weight = np.stack([np.where(cells.live, cells.share + 1e-9, -1.0) for cells in each])
     owner = np.where(whole.live, weight.argmax(0), -1)
     return Sources(tuple(name for name, _ in parts), owner, whole)
+
+
+def settle(whole: Cells, each: list[Cells]) -> Cells:
+    """The cells of a union: what one operand leaves open another may settle."""
+    settled = reduce(np.logical_or, (cells.live & ~cells.unsure for cells in each))
+    return replace(whole, unsure=whole.unsure & ~settled)
 
 
 def mean_share(cells: Cells, grid: Grid) -> float:

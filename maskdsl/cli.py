@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from maskdsl.api import compile
-from maskdsl.atoms import Causal, Empty
+from maskdsl.atoms import Causal
 from maskdsl.backends import BACKENDS
 from maskdsl.bench import add_bench, positive, run_bench
 from maskdsl.cells import default_length
-from maskdsl.compare import compare_masks
-from maskdsl.dynamic import SlotMask, slots_of
+from maskdsl.compare import compare_masks, without_slots
+from maskdsl.dynamic import slots_of
 from maskdsl.errors import MaskDSLError
-from maskdsl.expr import And, Mask, Not, Or, join
-from maskdsl.heads import PerHead
+from maskdsl.expr import Mask
 from maskdsl.parse import parse
 from maskdsl.show import draw_terminal
 from maskdsl.version import VERSION
@@ -33,6 +32,7 @@ from maskdsl.version import VERSION
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 PICTURES = (".png", ".svg", ".pdf", ".html")
+FORMATS = ("text", "json", "markdown", "html")
 EPILOG = """\
 A mask is written as in Python: atoms and patterns by name, | & ~ - between them. Quote it.
 
@@ -51,6 +51,14 @@ def tokens(text: str) -> int:
     if found is None or int(found[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a length such as 4096, 128K or 1M")
     return int(found[1]) * UNITS[found[2].upper()]
+
+
+def part(text: str) -> tuple[int, int]:
+    """0:256 or 127K:128K as (first, last + 1)."""
+    found = re.fullmatch(r"([^:]*):([^:]+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range such as 0:256 or 127K:128K")
+    return 0 if found[1] in ("", "0") else tokens(found[1]), tokens(found[2])
 
 
 def mask_text(text: str) -> Mask:
@@ -81,32 +89,52 @@ def build_parser() -> argparse.ArgumentParser:
                       help=f"write a picture instead: {', '.join(PICTURES)}")
     show.add_argument("--by", choices=("source", "token", "tile"), default="source",
                       help="what colour tells, in a picture (default: %(default)s)")
-    show.add_argument("--head", type=int, default=0, help="which head of a PerHead mask, from 0")
+    show.add_argument("--head", type=int, help="which head of a PerHead mask, from 0 (default: the "
+                      "first; in a picture: all)")
+    for name, told in (("--rows", "query rows"), ("--keys", "keys")):
+        show.add_argument(name, type=part, metavar="A:B",
+                          help=f"only these {told}, such as 0:256 or 127K:128K")
     show.add_argument("--width", type=positive, help="characters (default: what fits)")
     show.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     explain = command(commands, "explain", "what a call costs: pairs, tiles, memory", run_explain)
     add_mask(explain, length=True)
-    explain.add_argument("--heads", type=positive, default=1, help="query heads (default: 1)")
-    explain.add_argument("--kv-heads", type=positive, help="key/value heads (default: --heads)")
-    explain.add_argument("--head-dim", type=positive, default=128, help="default: %(default)s")
-    explain.add_argument("--backend", choices=BACKENDS)
+    add_heads(explain, heads=None, told="the mask's, or 1")
+    explain.add_argument("--backend", choices=BACKENDS, help="default: what compile() picks here")
     explain.add_argument("--chip", help="count and predict what this chip would run, such as H100 "
                          "(default: count what runs here)")
-    explain.add_argument("--json", action="store_true", help="print JSON")
+    explain.add_argument("--format", choices=FORMATS, default="text",
+                         help="default: %(default)s, in columns where `rich` is installed")
+    explain.add_argument("--json", action="store_const", dest="format", const="json",
+                         help="the same as --format json")
     source = command(commands, "source", "print the Triton kernel", run_source)
     add_mask(source, length=False)
-    source.add_argument("--backend", choices=BACKENDS)
+    source.add_argument("--backend", choices=BACKENDS, help="default: what compile() picks here")
     compare = command(commands, "compare", "masks beside one another", run_compare)
-    compare.add_argument("masks", nargs="+", type=mask_text, metavar="MASK")
+    compare.add_argument("masks", nargs="+", type=mask_text, metavar="MASK",
+                         help="as many as you like")
     compare.add_argument("--len", dest="length", type=tokens, metavar="N",
                          help="tokens, such as 4096 or 128K (default: the masks' own sizes)")
     compare.add_argument("--no-causal", action="store_true", help="take the masks as they stand")
+    add_heads(compare, heads=32, kv_heads=8)
+    compare.add_argument("--chip", help="predict times for this chip (default: the GPU here; "
+                         "without one an H100)")
     compare.add_argument("--json", action="store_true", help="print JSON")
     bench = command(commands, "bench", "time masks here, beside dense attention", run_bench)
     add_bench(bench, mask_text, tokens)
     doctor = command(commands, "doctor", "versions, GPU, cache, and what would run", run_doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def add_heads(parser: argparse.ArgumentParser, heads: int | None, kv_heads: int | None = None,
+              told: str = "") -> None:
+    """The sizes of the call that is counted and predicted."""
+    parser.add_argument("--batch", type=positive, default=1, help="default: %(default)s")
+    parser.add_argument("--heads", type=positive, default=heads,
+                        help=f"query heads (default: {told or heads})")
+    parser.add_argument("--kv-heads", type=positive, help="key/value heads (default: "
+                        f"{kv_heads or '--heads'})")
+    parser.add_argument("--head-dim", type=positive, default=128, help="default: %(default)s")
 
 
 def command(commands: Any, name: str, told: str, run: Any) -> argparse.ArgumentParser:
@@ -130,41 +158,28 @@ def add_mask(parser: argparse.ArgumentParser, length: bool) -> None:
 
 
 def seen_mask(mask: Mask, no_causal: bool) -> Mask:
-    """The mask as `compile` takes it, with slots empty: the command line has no data for them."""
+    """The mask as `compile` takes it; the command line has no data for slots, and says so."""
     whole = mask if no_causal else Causal() & mask
     if slots_of(whole):
         names = ", ".join(map(repr, slots_of(whole)))
-        print(f"note: drawn without {names}, whose data comes with a call", file=sys.stderr)
-    return without_slots(whole)
-
-
-def without_slots(mask: Mask) -> Mask:
-    """Slot atoms replaced by Empty()."""
-    if isinstance(mask, SlotMask):
-        return Empty()
-    if isinstance(mask, Not):
-        return ~without_slots(mask.operand)
-    if isinstance(mask, PerHead):
-        return PerHead(tuple(map(without_slots, mask.masks)))
-    if isinstance(mask, (Or, And)):
-        args = tuple(map(without_slots, mask.args))
-        return join(Or, args) if isinstance(mask, Or) else join(And, args)
-    return mask
+        print(f"note: seen without {names}, whose data comes with a call", file=sys.stderr)
+    return whole
 
 
 def run_show(args: argparse.Namespace) -> int:
     """Draw."""
-    mask = seen_mask(args.mask, args.no_causal)
+    mask = without_slots(seen_mask(args.mask, args.no_causal))
     length = args.length or default_length(mask)
     if args.out is None:
         colour = {"auto": None, "always": True, "never": False}[args.color]
-        print(draw_terminal(mask, length, args.kv_len, head=args.head, width=args.width,
-                            colour=colour))
+        print(draw_terminal(mask, length, args.kv_len, head=args.head or 0, width=args.width,
+                            colour=colour, rows=args.rows, keys=args.keys))
         return OK
     if args.out.suffix.lower() == ".html":
         mask.to_html(args.out, length, args.kv_len)
     else:
-        mask.plot(length, args.kv_len, by=args.by, path=args.out)
+        mask.plot(length, args.kv_len, by=args.by, path=args.out, head=args.head, rows=args.rows,
+                  keys=args.keys)
     print(args.out)
     return OK
 
@@ -172,10 +187,30 @@ def run_show(args: argparse.Namespace) -> int:
 def run_explain(args: argparse.Namespace) -> int:
     """Count."""
     attn = compile(args.mask, causal=not args.no_causal, backend=args.backend)
-    told = attn.explain(args.length or default_length(attn.mask), args.kv_len, heads=args.heads,
-                        kv_heads=args.kv_heads, head_dim=args.head_dim, chip=args.chip)
-    print(json.dumps(as_plain(told), indent=1, default=str) if args.json else told)
+    told = attn.explain(args.length or default_length(attn.mask), args.kv_len, batch=args.batch,
+                        heads=args.heads, kv_heads=args.kv_heads, head_dim=args.head_dim,
+                        chip=args.chip)
+    if args.format == "json":
+        print(json.dumps(as_plain(told), indent=1, default=str))
+    elif args.format == "text":
+        print_columns(told)
+    else:
+        print(told.markdown() if args.format == "markdown" else told._repr_html_())
     return OK
+
+
+def print_columns(told: Any) -> None:
+    """Lines that are folded to the terminal where there is one and `rich` is installed."""
+    try:
+        from rich.console import Console
+    except ImportError:
+        print(told)
+        return
+    console = Console()
+    if console.is_terminal:
+        console.print(told)
+    else:
+        print(told)
 
 
 def as_plain(value: Any) -> Any:
@@ -194,7 +229,10 @@ def run_source(args: argparse.Namespace) -> int:
 def run_compare(args: argparse.Namespace) -> int:
     """Set masks beside one another."""
     masks = [seen_mask(mask, args.no_causal) for mask in args.masks]
-    told = compare_masks(masks, args.length or max(map(default_length, masks)))
+    length = args.length or max(default_length(without_slots(mask)) for mask in masks)
+    heads = args.kv_heads or (8 if args.heads % 8 == 0 else args.heads)
+    told = compare_masks(masks, length, chip=args.chip, batch=args.batch, heads=args.heads,
+                         kv_heads=heads, head_dim=args.head_dim)
     print(json.dumps(as_plain(told), indent=1) if args.json else told)
     return OK
 

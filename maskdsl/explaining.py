@@ -19,6 +19,7 @@ from maskdsl.shape import Shape, check_length
 from maskdsl.trace import is_traceable
 
 if TYPE_CHECKING:
+    from maskdsl.codegen.cost import Prediction
     from maskdsl.codegen.explain import Explanation
     from maskdsl.codegen.rates import Rates
     from maskdsl.codegen.workload import CallHeads
@@ -118,6 +119,19 @@ def explain(compiled: Compiled, shape: Shape, sizes: Sizes, chip: str | None,
     return explain_call(Request(
         compiled.mask, compiled.written, compiled.backend, why_backend(compiled), kernel, refused,
         shape, call, tile, compiled.tile, data, rates, dense_rates, no_rates, estimator, widen))
+
+
+def predict(compiled: Compiled, shape: Shape, sizes: Sizes,
+            chip: str | None = None) -> Prediction | None:
+    """Only the predicted time of a call without data; None where nothing can be predicted."""
+    from maskdsl.codegen.forecast import forecast
+
+    call = fill_sizes(sizes, compiled.mask, {})
+    rates, _ = pick_rates(chip)
+    if rates is None or not is_traceable(compiled.mask):
+        return None
+    rates, _ = pick_kernel(compiled, compiled.mask, rates, call)
+    return forecast(compiled.mask, rates, shape, call, chosen=compiled.tile).prediction
 
 
 def pick_kernel(compiled: Compiled, mask: Mask, rates: Rates, call: CallHeads) -> tuple[Rates, str]:

@@ -21,6 +21,7 @@ from maskdsl.cells import PALETTE, call_shape, parts_of, view_call
 from maskdsl.dynamic import Blocks, ListMask, TokenTopK, slots_of
 from maskdsl.errors import PictureError
 from maskdsl.expr import And, Mask, Not, Or
+from maskdsl.grains import grains_of
 from maskdsl.heads import count_heads
 from maskdsl.plot_grid import split_heads
 from maskdsl.raster import View, is_opaque, trace_or_none
@@ -87,7 +88,7 @@ def fill_page(data: Json) -> str:
 def write_head(title: str, mask: Mask, view: View) -> Json:
     """One kind of head: the operands of its union, and what their comparisons refer to."""
     parts = [{"name": name, "colour": PALETTE[i % len(PALETTE)], "condition": write_mask(part),
-              "atoms": [write_atom(atom) for atom in leaves_of(part)]}
+              "grains": grains_of(part), "atoms": [write_atom(atom) for atom in leaves_of(part)]}
              for i, (name, part) in enumerate(parts_of(mask))]
     return {"title": title or "all heads", "parts": parts, "env": write_env(mask, view)}
 

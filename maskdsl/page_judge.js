@@ -94,9 +94,30 @@ function judgeOf(c, env) {
   return joinStates(rest.map((x) => judgeOf(x, env)), kind === "or");
 }
 
+// [lo, hi] in pieces at whose ends formulas jump (maskdsl/grains.py); null where those are many.
+function splitRange(lo, hi, grains, most = 8) {
+  const marks = new Set([lo]);
+  for (const [size, shift] of grains) {
+    const first = floorDiv(lo + shift, size), last = floorDiv(hi + shift, size);
+    if (last - first >= most) return null;
+    for (let i = first + 1; i <= last; i++) marks.add(i * size - shift);
+  }
+  const starts = [...marks].sort((a, b) => a - b);
+  return starts.map((start, i) => [start, i + 1 < starts.length ? starts[i + 1] - 1 : hi]);
+}
+
+// Whether a part of a box in which its own bounds decide nothing may hold a pair; undefined where
+// there are too many parts to ask.
+function mayHold(part, b) {
+  const rows = splitRange(b.p0, b.p1, part.grains[0]), keys = splitRange(b.k0, b.k1, part.grains[1]);
+  if (!rows || !keys) return undefined;
+  return rows.some(([p0, p1]) => keys.some(([k0, k1]) => part.judge({ p0, p1, k0, k1 }) > 0));
+}
+
 function compileHead(head) {
   return head.parts.map((part) => ({
     name: part.name, colour: part.colour, shown: true, judge: judgeOf(part.condition, head.env),
+    grains: part.grains,
     atoms: part.atoms.map((atom) => ({ name: atom.name, judge: judgeOf(atom.condition, head.env),
       tests: atom.tests.map(([text, c]) => ({ text, judge: judgeOf(c, head.env) })) })),
   }));

@@ -3,7 +3,7 @@ const canvas = document.getElementById("canvas"), tip = document.getElementById(
 const stage = document.getElementById("stage");
 const paint = canvas.getContext("2d");
 const heads = call.heads.map(compileHead);
-const FAINTEST = 0.35, LEFT = 64, TOP = 26, SIDE = 8;
+const FAINTEST = 0.35, UNSURE = 0.12, LEFT = 64, TOP = 26, SIDE = 8;
 let head = 0, ratio = 1, wide = 0, high = 0;
 let view = null; // first key and row shown (fractions allowed), pixels a token
 
@@ -44,7 +44,8 @@ function look(box, shown) {
   return open ? {} : { dead: true };
 }
 
-// A box of one block of pixels that no bound decides: 6 x 6 of its pairs.
+// A box of one block of pixels that no bound decides: 6 x 6 of its pairs. Where all are dead, the
+// first operand that may keep one; none: null; where that is not known the share is -1.
 function sample(box, shown) {
   const n = 6, counts = new Map();
   const rows = Math.min(n, box.p1 - box.p0 + 1), keys = Math.min(n, box.k1 - box.k0 + 1);
@@ -58,13 +59,16 @@ function sample(box, shown) {
     const part = shown.find((one) => one.judge(pairBox(p, k)) === 2);
     if (part) { live++; counts.set(part, (counts.get(part) || 0) + 1); }
   }
-  let best = shown.find((part) => part.judge(box) > 0), most = 0;
+  let best = null, most = 0;
   for (const [part, count] of counts) if (count > most) { best = part; most = count; }
-  return { part: best, share: live / (rows * keys) };
+  if (best) return { part: best, share: live / (rows * keys) };
+  const open = shown.filter((part) => part.judge(box) > 0 && mayHold(part, box) !== false);
+  best = open.find((part) => mayHold(part, box)); // true: bounds of a part without jumps say so
+  return best ? { part: best, share: 0 } : open.length ? { part: open[0], share: -1 } : null;
 }
 
 function fill(x, y, w, h, colour, share) {
-  paint.globalAlpha = FAINTEST + (1 - FAINTEST) * share;
+  paint.globalAlpha = share < 0 ? UNSURE : FAINTEST + (1 - FAINTEST) * share;
   paint.fillStyle = colour;
   paint.fillRect(x, y, w, h);
 }
@@ -83,8 +87,8 @@ function drawBox(x0, y0, x1, y1, block, shown) {
     return fill(x, y, Math.min(w, right - x), Math.min(h, bottom - y), seen.part.colour, 1);
   }
   if (w <= block && h <= block) {
-    const { part, share } = sample(box, shown);
-    return fill(x, y, w, h, part.colour, share);
+    const found = sample(box, shown);
+    return found && fill(x, y, w, h, found.part.colour, found.share);
   }
   const xm = w > block ? x0 + Math.ceil(w / 2 / block) * block : x1;
   const ym = h > block ? y0 + Math.ceil(h / 2 / block) * block : y1;
@@ -204,10 +208,11 @@ function explainPair(p, k) {
 
 // A box of many pairs: what each operand keeps of it.
 function explainBox(box) {
-  const words = ["nothing", "a part", "all"];
+  const words = ["nothing", "perhaps some", "all"];
+  const kept = (part) => (part.judge(box) === 1 && mayHold(part, box) === false ? 0 : part.judge(box));
   const range = (a, b) => (a === b ? fmt(a) : `${fmt(a)}-${fmt(b)}`);
   return [`<b>queries ${range(box.p0, box.p1)}, keys ${range(box.k0, box.k1)}</b>`,
-    ...heads[head].map((part) => `<span style="color:${part.colour}">■</span> ${escapeText(part.name)} keeps ${words[part.judge(box)]}`)].join("\n");
+    ...heads[head].map((part) => `<span style="color:${part.colour}">■</span> ${escapeText(part.name)} keeps ${words[kept(part)]}`)].join("\n");
 }
 
 function hover(x, y) {

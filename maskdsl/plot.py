@@ -19,7 +19,9 @@ from maskdsl.cells import (
     PALETTE,
     Cells,
     Grid,
+    Range,
     call_shape,
+    check_range,
     find_sources,
     mean_share,
     view_call,
@@ -33,12 +35,14 @@ from maskdsl.tile_cells import measure_tiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 WAYS = ("source", "token", "tile")
 FAINTEST = 0.35  # tint of a cell with a single live pair; 1 where all are live
+UNSURE = 0.12  # of a cell of which only so much is known that it may hold one
+MOST_UNEQUAL = 8  # longer side over the shorter one, of a picture drawn to scale
 TILE_COLOURS = {"FULL": "#0072b2", "MASKED": "#e69f00"}
-Range = tuple[int, int]
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -85,8 +89,10 @@ def plot_mask(mask: Mask, q_len: int | None = None,  # noqa: PLR0913, options by
     path                 also write a PNG, SVG or PDF file
 
     Cells are tinted by the share of their pairs that is live, at least faintly where one is. Which
-    pairs those are is decided by bounds, so that a thin line shows at any length; shares of cells
-    larger than 8 x 8 that are neither full nor dead are taken from 64 of their pairs.
+    pairs those are is decided by bounds, so that a thin line shows at any length. Shares are
+    counted where intervals decide; where they do not, those of cells larger than 8 x 8 are taken
+    from 64 of their pairs. A cell of which bounds only say that some pair may be live (of a formula
+    that jumps many times inside it) is the palest.
     Errors: PictureError, ShapeError, MissingSlotError.
     """
     if by not in WAYS:
@@ -110,20 +116,14 @@ def plot_mask(mask: Mask, q_len: int | None = None,  # noqa: PLR0913, options by
     return finish(figure, path)
 
 
-def check_range(name: str, given: Range | None, size: int) -> Range:
-    """The part to draw, or a PictureError where nothing is in it."""
-    start, stop = given or (0, size)
-    if not 0 <= start < stop <= size:
-        raise PictureError(f"{name}=({start}, {stop}) of {size}", "an empty or impossible part",
-                           f"{name}=(0, {size})" if size else "a call with queries and keys")
-    return start, stop
-
-
 def draw_axes(axes: Axes, mask: Mask, view: View, by: str, rows: Range, keys: Range,
               tile: tuple[int, int], cells: int, legend: dict[str, str]) -> None:
     """Draw one panel; `legend`, name -> colour, gets what this panel adds to it."""
     longest = max(rows[1] - rows[0], keys[1] - keys[0])
-    high, wide = (max(1, cells * (b - a) // longest) for a, b in (rows, keys))
+    shortest = min(rows[1] - rows[0], keys[1] - keys[0])
+    square = longest <= MOST_UNEQUAL * shortest  # else both sides are drawn as long
+    high, wide = (max(1, cells * (b - a) // longest) if square else min(cells, b - a)
+                  for a, b in (rows, keys))
     grid = Grid.over(rows, keys, high, wide, tile if by == "tile" else (1, 1))
     if by == "tile":
         full, masked, some = measure_tiles(mask, grid, view, tile)
@@ -135,8 +135,10 @@ def draw_axes(axes: Axes, mask: Mask, view: View, by: str, rows: Range, keys: Ra
         sources = find_sources(mask, grid, view)
         image = paint(sources.cells, sources.owner, sources.names, by, legend)
         told = f"{percent(mean_share(sources.cells, grid))} of pairs live"
+        if sources.cells.unsure.any():
+            told += "; palest: perhaps some"
     axes.imshow(image, interpolation="nearest", extent=(keys[0], keys[1], rows[1], rows[0]),
-                aspect="auto" if max(high, wide) > 8 * min(high, wide) else "equal")
+                aspect="equal" if square else "auto")
     mark_tokens(axes, rows, keys)
     for spine in axes.spines.values():  # beside the picture: the first keys are often the point
         spine.set(position=("outward", 2), linewidth=0.5, edgecolor="0.6")
@@ -162,11 +164,14 @@ def paint(cells: Cells, owner: npt.NDArray[np.int64], names: tuple[str, ...], by
     for name in names:
         legend.setdefault(name, PALETTE[len(legend) % len(PALETTE)])
     return blend([(legend[name], np.where(owner == i, cells.share, 0.0), owner == i)
-                  for i, name in enumerate(names)])
+                  for i, name in enumerate(names)], cells.unsure)
 
 
-def blend(layers: list[tuple[str, Any, Any]]) -> npt.NDArray[np.float64]:
-    """rgb[H, W, 3] on white from (colour, share, whether any) layers, mixed by their shares."""
+def blend(layers: list[tuple[str, Any, Any]], pale: Any = False) -> npt.NDArray[np.float64]:
+    """rgb[H, W, 3] on white from (colour, share, whether any) layers, mixed by their shares.
+
+    pale  where nothing is known but that some pair may be live
+    """
     from matplotlib.colors import to_rgb
 
     shape = layers[0][1].shape
@@ -175,7 +180,8 @@ def blend(layers: list[tuple[str, Any, Any]]) -> npt.NDArray[np.float64]:
         weight = np.where(some, share + 1e-9, 0.0)
         mixed += weight[..., None] * np.asarray(to_rgb(colour))
         weights, shares, live = weights + weight, shares + np.where(some, share, 0.0), live | some
-    tint = np.where(live, FAINTEST + (1 - FAINTEST) * np.minimum(shares, 1.0), 0.0)[..., None]
+    tint = np.where(live, FAINTEST + (1 - FAINTEST) * np.minimum(shares, 1.0), 0.0)
+    tint = np.where(pale & (tint > 0), UNSURE, tint)[..., None]
     image: npt.NDArray[np.float64] = 1 - tint + tint * mixed / np.maximum(weights, 1e-12)[..., None]
     return image
 
@@ -186,7 +192,8 @@ def mark_tokens(axes: Axes, rows: Range, keys: Range, parts: int = 4) -> None:
         size = stop - start
         count = min(parts, size)
         ticks = [start + size * i // count for i in range(count + 1)]
-        axis.set_ticks(ticks, [format_tokens(tick) for tick in ticks])
+        whole = all(tick % 1024 == 0 for tick in ticks)
+        axis.set_ticks(ticks, [format_tokens(tick) if whole else f"{tick:,}" for tick in ticks])
     axes.tick_params(labelsize=7)
 
 
@@ -196,6 +203,16 @@ def format_tokens(n: int) -> str:
         if n and n % size == 0:
             return f"{n // size}{unit}"
     return f"{n:,}"
+
+
+def mark_plainly(*axes: Axis) -> None:
+    """Ticks at 1, 2 and 5 of every decade of logarithmic axes, as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for axis in axes:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def add_legend(figure: Figure, names: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from maskdsl.atoms import Causal
 from maskdsl.cells import (
     PALETTE,
     Grid,
@@ -21,11 +22,20 @@ from maskdsl.dynamic import slots_of
 from maskdsl.errors import PictureError
 from maskdsl.expr import Mask
 from maskdsl.heads import count_heads, pick_head
-from maskdsl.plot import add_legend, draw_axes, finish, format_tokens, new_figure, patches, shorten
+from maskdsl.plot import (
+    add_legend,
+    draw_axes,
+    finish,
+    format_tokens,
+    mark_plainly,
+    new_figure,
+    patches,
+    shorten,
+)
 from maskdsl.raster import is_opaque
 from maskdsl.shape import Shape
 from maskdsl.spans import spans
-from maskdsl.tiles import count_pairs
+from maskdsl.tiles import can_count, count_pairs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,11 +47,12 @@ Masks = Mask | Mapping[str, Mask] | Iterable[Mask] | Any
 
 def name_masks(masks: Masks) -> dict[str, Mask]:
     """Title -> mask of a mask, a dict, a list (named by their text) or a LayerPolicy (by layers,
-    equal ones together)."""
+    equal ones together, and with `Causal()`, as `compile_layers` takes them)."""
     if isinstance(masks, Mask):
         return {repr(masks): masks}
     if hasattr(masks, "kinds"):  # a LayerPolicy, which lives in a layer above this one
-        return {f"layers {format_runs(layers)}": mask for mask, layers in masks.kinds()}
+        return {f"layer{'s' if len(layers) > 1 else ''} {format_runs(layers)}": Causal() & mask
+                for mask, layers in masks.kinds()}
     named = dict(masks) if isinstance(masks, Mapping) else {repr(m): m for m in masks}
     bad = [mask for mask in named.values() if not isinstance(mask, Mask)]
     if bad or not named:
@@ -84,7 +95,8 @@ def plot_masks(masks: Masks, q_len: int | None = None, kv_len: int | None = None
 
     masks    a dict from title to mask, a list of masks, a LayerPolicy, or one mask with PerHead.
              Where masks have PerHead, a row is a mask (a layer) and a column a kind of head; equal
-             heads, and equal layers of a policy, are drawn once.
+             heads, and equal layers of a policy, are drawn once. The layers of a policy are drawn
+             with `Causal()`, all others as they stand.
     columns  panels in a row, where no mask has PerHead; default: about as many as rows
     The other arguments are those of `plot_mask`; a length that is not given is the longest default.
     Errors: PictureError, ShapeError, MissingSlotError.
@@ -132,7 +144,8 @@ def live_share(mask: Mask, length: int) -> tuple[float, bool]:
     """(live pairs of a square call over its causal pairs, whether exact)."""
     shape = Shape(length, length)
     causal = length * (length + 1) / 2
-    if not is_opaque(mask) and all(piece.is_exact for piece in spans(mask)):
+    if not is_opaque(mask) and (all(piece.is_exact for piece in spans(mask))
+                                or can_count(mask, shape)):
         return count_pairs(mask, shape) / causal, True
     grid = Grid.over((0, length), (0, length), 128, 128)
     share = mean_share(measure_cells(mask, grid, view_call(mask, shape)), grid)
@@ -146,10 +159,12 @@ def plot_sparsity(masks: Masks, lengths: Iterable[int] = LENGTHS, *,
     masks    as in `plot_masks`; of PerHead the mean over the heads
     lengths  tokens; default 1K to 1M
 
-    Live pairs are counted exactly where intervals decide (full lines) and estimated from spread
-    pairs where they do not (broken lines). Lengths beyond what a mask is defined for are left out.
+    Live pairs are counted exactly where intervals decide or rows repeat (full lines), and estimated
+    from spread pairs where neither is so (broken lines). Lengths beyond what a mask is defined for
+    are left out.
     """
     figure = new_figure(9.2, 4.2)
+    lengths, some_estimated = list(lengths), False
     left, right = figure.subplots(1, 2)
     for i, (title, mask) in enumerate(name_masks(masks).items()):
         limit = min((x for node in mask.walk() if (x := node.limit()) is not None), default=None)
@@ -158,6 +173,7 @@ def plot_sparsity(masks: Masks, lengths: Iterable[int] = LENGTHS, *,
         shares = [[live_share(head, n) for head in heads] for n in used]
         mean = np.array([np.mean([share for share, _ in row]) for row in shares])
         exact = all(known for row in shares for _, known in row)
+        some_estimated |= not exact
         style: Any = {"color": PALETTE[i % len(PALETTE)], "label": shorten(title, 60, 1),
                       "linestyle": "-" if exact else "--", "marker": "o", "markersize": 3}
         left.plot(used, 100 * mean, **style)
@@ -166,10 +182,13 @@ def plot_sparsity(masks: Masks, lengths: Iterable[int] = LENGTHS, *,
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         ticks = sorted(lengths)[::2]
-        axes.set_xticks(ticks, [format_tokens(n) for n in ticks], fontsize=8)
+        axes.set_xticks(ticks, [format_tokens(n) for n in ticks])
+        mark_plainly(axes.yaxis)
+        axes.tick_params(labelsize=8)
         axes.set_xlabel("tokens")
         axes.set_title(told, fontsize=9, loc="left")
         axes.grid(alpha=0.3)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False,
+                  title="broken lines: estimated" if some_estimated else None, title_fontsize=8)
     return finish(figure, path)

@@ -10,10 +10,20 @@ from itertools import pairwise
 
 import numpy as np
 
-from maskdsl.cells import Grid, Sources, call_shape, find_sources, mean_share, view_call
+from maskdsl.cells import (
+    Grid,
+    Range,
+    Sources,
+    call_shape,
+    check_range,
+    find_sources,
+    mean_share,
+    view_call,
+)
 from maskdsl.dense import dense
 from maskdsl.errors import PictureError
 from maskdsl.expr import Mask
+from maskdsl.raster import View
 from maskdsl.shape import Shape
 
 SHADES = "░▒▓"  # up to a third, two thirds, below one; dead is ·, full is █
@@ -28,15 +38,18 @@ def draw_text(mask: Mask, q_len: int, kv_len: int | None = None) -> str:
     return "\n".join("".join("#" if x else "·" for x in row) for row in live.tolist())
 
 
-def draw_terminal(mask: Mask, q_len: int | None = None, kv_len: int | None = None, *,
+def draw_terminal(mask: Mask, q_len: int | None = None,  # noqa: PLR0913, options by name
+                  kv_len: int | None = None, *,
                   q_offset: int | None = None, total_len: int | None = None, batch: int = 0,
                   head: int = 0, heads: int | None = None,
                   slots: Mapping[str, object] | None = None, width: int | None = None,
-                  colour: bool | None = None) -> str:
+                  colour: bool | None = None, rows: Range | None = None,
+                  keys: Range | None = None) -> str:
     """The mask in Unicode at a terminal's resolution, for any length.
 
     q_len, kv_len  tokens; default: a length at which the mask's own sizes can be seen
     head, heads    which head of how many (PerHead, or slots with data for each head)
+    rows, keys     (first, last + 1) to draw a part: query rows of the call, keys
     slots          the call-time data of every slot, by name
     width          characters; default: what fits the terminal, at most 96
     colour         a colour for each operand of the union; default: if the output is a terminal and
@@ -53,21 +66,32 @@ def draw_terminal(mask: Mask, q_len: int | None = None, kv_len: int | None = Non
         raise PictureError(f"a picture {columns} characters wide of {shape.q_len} x "
                            f"{shape.kv_len} pairs", "there is nothing to draw",
                            "mask.show(64, width=64)")
-    high = max(1, columns * shape.q_len // (2 * max(shape.q_len, shape.kv_len)))
-    wide = max(1, columns * shape.kv_len // max(shape.q_len, shape.kv_len))
-    if max(shape.q_len, shape.kv_len) <= columns:
-        high, wide = shape.q_len, shape.kv_len  # one character a pair
-    grid = Grid.over((0, shape.q_len), (0, shape.kv_len), high, wide)
-    sources = find_sources(mask, grid, view_call(mask, shape, batch, head, heads, slots))
-    return "\n".join([*_head(mask, shape, grid, sources), *_rows(grid, sources, colour),
+    rows, keys = check_range("rows", rows, shape.q_len), check_range("keys", keys, shape.kv_len)
+    q_len, kv_len = rows[1] - rows[0], keys[1] - keys[0]
+    longest = max(q_len, kv_len)
+    high, wide = max(1, columns * q_len // (2 * longest)), max(1, columns * kv_len // longest)
+    if longest <= columns:
+        high, wide = q_len, kv_len  # one character a pair
+    grid = Grid.over(rows, keys, high, wide)
+    view = view_call(mask, shape, batch, head, heads, slots)
+    sources = find_sources(mask, grid, view)
+    return "\n".join([*_head(mask, view, grid, sources), *_rows(grid, sources, colour),
                       *_legend(sources, colour)])
 
 
-def _head(mask: Mask, shape: Shape, grid: Grid, sources: Sources) -> list[str]:
+def _head(mask: Mask, view: View, grid: Grid, sources: Sources) -> list[str]:
     rows, keys = (int(np.diff(edges).max()) for edges in (grid.rows, grid.keys))
-    share = 100 * mean_share(sources.cells, grid)
-    return [repr(mask), f"{shape.q_len:,} queries x {shape.kv_len:,} keys, {share:.3g} % live; "
-            f"a character is {rows:,} x {keys:,} pairs"]
+    shape, share = view.shape, 100 * mean_share(sources.cells, grid)
+    each = "one pair" if rows == keys == 1 else f"{rows:,} x {keys:,} pairs"
+    (a, b), (c, d) = grid.whole
+    part = f"{shape.q_len:,} queries x {shape.kv_len:,} keys"
+    if (b - a, d - c) != (shape.q_len, shape.kv_len):
+        part = (f"queries {a:,} to {b - 1:,} of {shape.q_len:,}, keys {c:,} to {d - 1:,} of "
+                f"{shape.kv_len:,}")
+    lines = [repr(mask), f"{part}, {share:.3g} % live; a character is {each}"]
+    if view.heads > 1:
+        lines.append(f"head {view.head} of {view.heads}")
+    return lines
 
 
 def _rows(grid: Grid, sources: Sources, colour: bool) -> list[str]:

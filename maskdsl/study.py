@@ -67,7 +67,8 @@ def study(source: Any, patterns: Any, *, inputs: Mapping[str, Any] | Sequence[An
     - recall: share of each row's `top` largest keys that are live
     - error: ||sparse - dense|| / ||dense|| of the outputs, over all rows; needs v
     - pairs: live pairs over those of dense attention
-    beside what `explain` says of tiles and, on chips with measured rates, of time.
+    beside what `explain` says of tiles and, on chips with measured rates, of time (without the
+    estimator's own).
 
     Works in blocks of rows: memory is a few blocks of scores, 64 MB each, beyond the inputs.
     Errors: StudyError, and those of a mask's slots.
@@ -76,8 +77,9 @@ def study(source: Any, patterns: Any, *, inputs: Mapping[str, Any] | Sequence[An
     named = read_patterns(patterns, len(layers), layers[0].q.shape[1])
     first = layers[0]
     shape = Shape(first.q.shape[2], first.k.shape[2])
-    data = [[bind(pattern, i, layer, shape) for pattern in named]
-            for i, layer in enumerate(layers)]
+    given = [[estimate(pattern, i, layer) for pattern in named] for i, layer in enumerate(layers)]
+    data = [[bind_slots(pattern.masks[i], given[i][n], shape) if given[i][n] else {}
+             for n, pattern in enumerate(named)] for i in range(len(layers))]
     tally = Tally(len(named), len(layers), first.q.shape[1], first.v is not None)
     places, weights = choose_rows(shape.q_len, rows)
     dense = Causal() if causal else Full()
@@ -96,7 +98,8 @@ def study(source: Any, patterns: Any, *, inputs: Mapping[str, Any] | Sequence[An
                 for b, h in np.ndindex(first.q.shape[0], first.k.shape[1]):
                     block.measure(layer, i, (b, h), data[i], tally)
                     bar.update()
-    costs = [find_cost(pattern, shape, first, causal) for pattern in named]
+    costs = [find_cost(pattern, shape, first, causal, [row[n] for row in given])
+             for n, pattern in enumerate(named)]
     return tally.result([p.name for p in named], costs, shape, len(places), top)
 
 
@@ -175,13 +178,12 @@ def read_pattern(name: str, one: Any, layers: int, heads: int) -> Pattern:
     return Pattern(name, masks, estimator)
 
 
-def bind(pattern: Pattern, i: int, layer: Layer, shape: Shape) -> dict[str, Bound]:
+def estimate(pattern: Pattern, i: int, layer: Layer) -> Mapping[str, object]:
     """The estimated data of a pattern's slots in one layer."""
-    mask = pattern.masks[i]
-    if not slots_of(mask):
+    if not slots_of(pattern.masks[i]):
         return {}
     assert pattern.estimator is not None  # checked when it was read
-    return bind_slots(mask, pattern.estimator(layer.q, layer.k), shape)
+    return pattern.estimator(layer.q, layer.k)
 
 
 def choose_rows(length: int, rows: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,22 +202,29 @@ def choose_rows(length: int, rows: int | None) -> tuple[torch.Tensor, torch.Tens
             torch.cat([size.double(), torch.ones(tail, dtype=torch.float64)]))
 
 
-def find_cost(pattern: Pattern, shape: Shape, layer: Layer, causal: bool) -> Cost:
-    """What `explain` says of a pattern, mean over layers; nothing where a slot's data decides."""
-    if any(slots_of(mask) for mask in pattern.masks):
-        return Cost(None, None)
-    speedups, times = [], []
-    kinds = {mask: pattern.masks.count(mask) for mask in pattern.masks}
-    for mask, count in kinds.items():
-        told = compile(mask, causal=causal).explain(
-            shape.q_len, shape.kv_len, heads=layer.q.shape[1], kv_heads=layer.k.shape[1],
-            head_dim=layer.q.shape[3])
-        speedups += [1 / max(told.tile_speedup, 1e-9)] * count
-        predicted = getattr(told, "prediction", None)  # where the chip's rates are known
-        times += [None if predicted is None else float(predicted.ms)] * count
+def find_cost(pattern: Pattern, shape: Shape, layer: Layer, causal: bool,
+              given: Sequence[Mapping[str, object]]) -> Cost:
+    """What `explain` says of a pattern, mean over layers; where slots' data decides, over the first
+    and the last of the layers that have the same mask.
+
+    given  the slots' data of every layer
+    """
+    shares, times = [], []
+    chip = None if torch.cuda.is_available() else "H100"  # what counts is the kernel of a GPU
+    for mask in dict.fromkeys(pattern.masks):
+        layers = [i for i, other in enumerate(pattern.masks) if other == mask]
+        asked = [layers[0], layers[-1]] if slots_of(mask) and len(layers) > 1 else layers[:1]
+        attn = compile(mask, causal=causal)
+        for i in asked:
+            data: dict[str, Any] = dict(given[i])
+            told = attn.explain(shape.q_len, shape.kv_len, batch=layer.q.shape[0],
+                                heads=layer.q.shape[1], kv_heads=layer.k.shape[1],
+                                head_dim=layer.q.shape[3], chip=chip, **data)
+            weight = len(layers) / len(asked) / len(pattern.masks)
+            shares.append(weight / max(told.tile_speedup, 1e-9))
+            times.append(None if told.prediction is None else weight * told.prediction.ms)
     known = [time for time in times if time is not None]
-    return Cost(float(np.mean(speedups)), float(np.mean(known)) if len(known) == len(times) else
-                None)
+    return Cost(float(np.sum(shares)), float(np.sum(known)) if len(known) == len(times) else None)
 
 
 # --- what is measured -----------------------------------------------------------------------------

@@ -13,22 +13,24 @@ import numpy.typing as npt
 from maskdsl.cells import PALETTE
 from maskdsl.columns import format_number, format_table
 from maskdsl.errors import StudyError
-from maskdsl.plot import finish, format_tokens, new_figure, shorten
+from maskdsl.plot import finish, format_tokens, mark_plainly, new_figure, shorten
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Table: TypeAlias = npt.NDArray[np.float64]
 LOSSLESS = 1e-4  # a smaller loss is drawn at the bottom of its logarithmic axis
+COST_TITLES = {"pairs": "live pairs, % of dense", "tiles": "tiles visited, % of dense",
+               "ms": "predicted milliseconds a layer"}
 HEADER = ("pattern", "mass %", "worst head", "recall %", "error %", "pairs %", "tiles %", "ms")
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """From `explain`; None where it cannot tell before the call.
+    """From `explain`, mean over layers; None where it cannot tell.
 
-    tiles  visited tiles over those of dense causal attention; ms: predicted, all heads of a layer
+    tiles  pairs in visited tiles over those of dense causal attention, by the kernel here, or that
+           of an H100 where there is no GPU; ms: predicted, all heads and batch entries of a layer
     """
 
     tiles: float | None
@@ -77,7 +79,8 @@ class Study:
                 f"{self.rows:,} rows a head; recall of the {self.top} largest keys; pairs and "
                 f"tiles: share of dense")
         front = ", ".join(self.names[i] for i in self.front())
-        return f"{told}\n{format_table(HEADER, self.rows_of_table())}\nPareto front: {front}"
+        return (f"{told}\n{format_table(HEADER, self.rows_of_table())}\n"
+                f"Pareto front of mass over {self.cost_name()}: {front}")
 
     def _repr_html_(self) -> str:
         lines = [HEADER, *self.rows_of_table()]
@@ -85,13 +88,37 @@ class Study:
                  for tag, line in zip(["th"] + ["td"] * (len(lines) - 1), lines, strict=True)]
         return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
-    def front(self) -> list[int]:
-        """Patterns that no other beats: less mass lost for as few pairs; from few to many pairs."""
-        pairs, mass = self.pairs.mean((1, 2)), self.mass.mean((1, 2))
-        beaten = [any((pairs[j] <= pairs[i]) & (mass[j] >= mass[i])
-                      & ((pairs[j] < pairs[i]) | (mass[j] > mass[i]))
-                      for j in range(len(pairs))) for i in range(len(pairs))]
-        return sorted((i for i in range(len(pairs)) if not beaten[i]), key=lambda i: pairs[i])
+    def cost_name(self, cost: str | None = None) -> str:
+        """"pairs", "tiles" or "ms"; a StudyError for what is not known of all patterns.
+
+        cost  None: tiles, which kernels pay for, or pairs where tiles are not known
+        """
+        known = ["pairs", *(name for name in ("tiles", "ms")
+                            if all(getattr(one, name) is not None for one in self.costs))]
+        if cost is None:
+            return "tiles" if "tiles" in known else "pairs"
+        if cost not in known:
+            raise StudyError(f"cost={cost!r}", "no such cost, or not known of all patterns",
+                             " or ".join(f"cost={name!r}" for name in known))
+        return cost
+
+    def cost_of(self, cost: str | None = None) -> Table:
+        """What each pattern costs, float64[patterns]: shares in 0..1, or milliseconds."""
+        name = self.cost_name(cost)
+        if name == "pairs":
+            return np.asarray(self.pairs.mean((1, 2)))
+        return np.array([getattr(one, name) for one in self.costs], dtype=np.float64)
+
+    def front(self, cost: str | None = None) -> list[int]:
+        """Patterns that no other beats: less mass lost for as little cost; from cheap to dear.
+
+        cost  "pairs", "tiles" or "ms"; default: tiles, where they are known of all patterns
+        """
+        paid, mass = self.cost_of(cost), self.mass.mean((1, 2))
+        beaten = [any((paid[j] <= paid[i]) & (mass[j] >= mass[i])
+                      & ((paid[j] < paid[i]) | (mass[j] > mass[i]))
+                      for j in range(len(paid))) for i in range(len(paid))]
+        return sorted((i for i in range(len(paid)) if not beaten[i]), key=lambda i: paid[i])
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -104,10 +131,12 @@ class Study:
                     "error": None if self.error is None else self.error[i].tolist()}
                     for i, name in enumerate(self.names)}}
 
-    def plot(self, path: str | Path | None = None) -> Figure:
-        """What each pattern loses over the pairs it keeps, with the Pareto front; a second panel
-        for the output error where values were given. Bars reach to the worst and best head; what
-        loses less than 0.01 % lies at the bottom."""
+    def plot(self, path: str | Path | None = None, *, cost: str | None = None) -> Figure:
+        """What each pattern loses over what it costs (`cost` as in `front`), with the Pareto front;
+        a second panel for the output error where values were given.
+
+        Bars reach to the worst and best head; what loses 0.01 % or less lies on a line at the
+        bottom."""
         panels = [("attention mass lost, %", 1 - self.mass)]
         if self.error is not None:
             panels.append(("output error, %", self.error))
@@ -115,18 +144,23 @@ class Study:
         grid = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (told, share) in zip(grid, panels, strict=True):
             real = share[share > LOSSLESS]
-            lost = 100 * np.maximum(share, real.min() / 3 if real.size else LOSSLESS)
-            pairs = 100 * self.pairs.mean((1, 2))
+            floor = real.min() / 3 if real.size else LOSSLESS
+            lost = 100 * np.maximum(share, floor)
+            if (share <= LOSSLESS).any():
+                axes.axhline(100 * floor, color="0.7", linewidth=0.8, linestyle=":")
+                axes.annotate(f"{100 * LOSSLESS:g} % or less", (0.01, 100 * floor), fontsize=7,
+                              xycoords=("axes fraction", "data"), color="0.4", va="bottom")
+            paid = self.cost_of(cost) * (1 if self.cost_name(cost) == "ms" else 100)
             mean = lost.mean((1, 2))
             for i, name in enumerate(self.names):
                 bars = np.abs(np.array([[lost[i].min()], [lost[i].max()]]) - mean[i])
-                axes.errorbar(pairs[i], mean[i], bars, fmt="os^Dvp*X"[i // len(PALETTE) % 8],
+                axes.errorbar(paid[i], mean[i], bars, fmt="os^Dvp*X"[i // len(PALETTE) % 8],
                               color=PALETTE[i % len(PALETTE)], capsize=3, elinewidth=0.8,
                               label=shorten(name, 48, 1))
-            front = self.front()
-            axes.plot(pairs[front], mean[front], color="0.6", linewidth=1, zorder=0)
-            axes.set(xscale="log", yscale="log", xlabel="live pairs, % of dense")
-            mark_plainly(axes)
+            front = self.front(cost)
+            axes.plot(paid[front], mean[front], color="0.6", linewidth=1, zorder=0)
+            axes.set(xscale="log", yscale="log", xlabel=COST_TITLES[self.cost_name(cost)])
+            mark_plainly(axes.xaxis, axes.yaxis)
             axes.set_title(told, loc="left", fontsize=9)
             axes.grid(alpha=0.3)
         handles, labels = axes.get_legend_handles_labels()
@@ -158,13 +192,3 @@ class Study:
         axes.locator_params(integer=True)
         axes.set_title(shorten(pattern, 60, 2), fontsize=9, loc="left")
         return finish(figure, path)
-
-
-def mark_plainly(axes: Axes) -> None:
-    """Ticks at 1, 2 and 5 of every decade, as plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axis.set_minor_formatter(NullFormatter())

@@ -23,6 +23,11 @@ NUMPY_NAMES: dict[str, Any] = {
 }
 
 
+def evaluate(text: str, **values: Any) -> Any:
+    """Run one emitted expression on numpy arrays."""
+    return eval(text, dict(NUMPY_NAMES), values)
+
+
 class UnprintableError(Exception):
     """Internal: an integer expression with an operation that has no spelling."""
 

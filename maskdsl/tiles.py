@@ -15,9 +15,10 @@ import sympy
 
 from maskdsl.dynamic import Document, Prefix, SlotMask, slots_of
 from maskdsl.expr import Mask
+from maskdsl.row_counts import count_by_classes, is_countable
 from maskdsl.shape import Shape
 from maskdsl.spans import Piece, spans
-from maskdsl.text import NUMPY_NAMES, write_condition, write_integer
+from maskdsl.text import evaluate, write_condition, write_integer
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 
@@ -28,11 +29,6 @@ class TileClass(enum.Enum):
     DEAD = "dead"
     MIXED = "mixed"
     FULL = "full"
-
-
-def evaluate(text: str, **values: Any) -> Any:
-    """Run one emitted expression on numpy arrays."""
-    return eval(text, dict(NUMPY_NAMES), values)
 
 
 def _largest(terms: tuple[sympy.Expr, ...], values: dict[str, Any], default: Ints) -> Ints:
@@ -92,6 +88,24 @@ def row_intervals(piece: Piece, p: Ints, shape: Shape, head: int = 0,
     return lo, np.maximum(lo, hi)
 
 
+def unite_intervals(bounds: list[tuple[Ints, Ints]]) -> tuple[Ints, Ints]:
+    """The disjoint union of the intervals [lo, hi) of every row, int64[intervals, rows] each."""
+    # Sorting starts and ends apart keeps how many intervals cover each key, hence their union.
+    lo = np.sort(np.stack([b[0] for b in bounds]), axis=0)
+    hi = np.sort(np.stack([b[1] for b in bounds]), axis=0)
+    lo[1:] = np.maximum(lo[1:], hi[:-1])
+    return lo, np.maximum(lo, hi)
+
+
+def guard_rows(piece: Piece, shape: Shape) -> tuple[int, int]:
+    """The query rows [first, stop) of a call that have a piece without data in its row guards."""
+    names = names_of(shape)
+    ends = [max([shape.q_offset, *(int(evaluate(write_integer(t), **names)) for t in piece.first)]),
+            min([shape.q_offset + shape.q_len,
+                 *(int(evaluate(write_integer(t), **names)) for t in piece.last)])]
+    return ends[0] - shape.q_offset, ends[1] - shape.q_offset
+
+
 def live_rows(mask: Mask, p: Ints, k: Ints, shape: Shape, head: int = 0) -> npt.NDArray[np.bool_]:
     """bool[len(p), len(k)], rasterised from the spans (not from `contains`)."""
     live = np.zeros((len(p), len(k)), dtype=bool)
@@ -130,16 +144,14 @@ def count_rows(mask: Mask, p: Ints, shape: Shape, head: int = 0, batch: int = 0,
     """Live keys of every row in `p`, int64[len(p)]; `bound` as in `names_of`, and only for masks
     whose rows are intervals."""
     pieces = spans(mask)
-    if not all(piece.is_exact for piece in pieces):
-        return _count_tested(mask, p, shape, head)
     if not pieces:
         return np.zeros_like(p)
     names = names_of(shape, batch, head, mask, bound)
     bounds = [row_intervals(piece, p, shape, head, names) for piece in pieces]
-    # Sorting starts and ends apart keeps how many intervals cover each key, hence their union.
-    lo = np.sort(np.stack([b[0] for b in bounds]), axis=0)
-    hi = np.sort(np.stack([b[1] for b in bounds]), axis=0)
-    lo[1:] = np.maximum(lo[1:], hi[:-1])
+    if not all(piece.is_exact for piece in pieces):
+        counted = count_by_classes(pieces, bounds, p, shape.kv_len, names)
+        return _count_tested(mask, p, shape, head) if counted is None else counted
+    lo, hi = unite_intervals(bounds)
     counts: Ints = (hi - lo).sum(axis=0)
     return counts
 
@@ -151,6 +163,12 @@ def _count_tested(mask: Mask, p: Ints, shape: Shape, head: int, step: int = 1 <<
     parts = [live_rows(mask, p[i:i + rows], k, shape, head).sum(axis=1)
              for i in range(0, len(p), rows)]
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros_like(p)
+
+
+def can_count(mask: Mask, shape: Shape) -> bool:
+    """Whether the rows of a call are counted without testing every pair."""
+    p = np.arange(shape.q_len, dtype=np.int64) + shape.q_offset
+    return is_countable(spans(mask), p, shape.kv_len)
 
 
 def count_pairs(mask: Mask, shape: Shape, head: int = 0, batch: int = 0,

@@ -11,7 +11,7 @@ simplify_logic makes masks longer, not shorter.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -388,3 +388,12 @@ def is_traceable(mask: Mask) -> bool:
     except TraceError:
         return False
     return True
+
+
+def values_of(condition: Condition) -> Iterator[sympy.Expr]:
+    """The integer expressions of all comparisons."""
+    if isinstance(condition, Ge):
+        yield condition.value
+    elif not isinstance(condition, Has):
+        for arg in condition.args:
+            yield from values_of(arg)

@@ -16,6 +16,12 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Tests are many small operations. Two threads that wait for each other on cores that others use too
+# make them up to ten times as slow; programs that tests start inherit it.
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 CACHE = tempfile.mkdtemp(prefix="maskdsl-tests-")
 os.environ["MASKDSL_CACHE_DIR"] = CACHE
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)

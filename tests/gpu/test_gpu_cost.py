@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from maskdsl import (
     compile,
     compile_layers,
     dense,
+    study,
 )
+from maskdsl.cli import main
 from maskdsl.codegen.hopper import is_hopper
 from maskdsl.codegen.kernel import TritonForward
 from maskdsl.patterns import LayerPolicy, minference
@@ -105,3 +108,22 @@ def test_on_hopper_the_hopper_kernel_is_explained(monkeypatch: pytest.MonkeyPatc
     assert isinstance(attn._forward, TritonForward)
     assert wide.tile == (attn._forward.default_config(256).block_m,
                          attn._forward.default_config(256).block_n)
+
+
+def test_bench_sets_a_prediction_beside_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+    if not is_hopper():
+        pytest.skip("rates are measured on an H100 only")
+    assert main(["bench", "Sink(8) | Window(512) | LastQ(128)", "--len", "32K", "--heads", "32",
+                 "--kv-heads", "8", "--head-dim", "128", "--no-dense", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["backend"] == "hopper"
+    assert 0.6 < row["predicted_ms"] / row["least_ms"] < 1.5  # the host's part is timed too
+
+
+def test_study_counts_data_that_lies_on_the_gpu() -> None:
+    q, k, v = tensors(700)
+    told = study([(q.float(), k.float(), v.float())], {
+        "vs": (VerticalSlash("vs"), lambda q, k: {"vs": indices(4, 700)})}, progress=False)
+    counted = compile(VerticalSlash("vs")).explain(700, heads=4, kv_heads=2, head_dim=64,
+                                                   vs=indices(4, 700))
+    assert told.costs[0].tiles == pytest.approx(1 / counted.tile_speedup)

@@ -8,9 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import masks, shapes
 
-from maskdsl import Mask, Shape, Where, dense
+from maskdsl import Causal, LastQ, Mask, RandomBlocks, Shape, Sink, Where, Window, dense
 from maskdsl.cells import Grid, find_sources, measure_cells, parts_of, view_call
-from maskdsl.raster import judge
+from maskdsl.dynamic import slots_of
+from maskdsl.grains import split_range
+from maskdsl.heads import pick_head
+from maskdsl.raster import is_opaque, judge
+from maskdsl.shares import ROWS
+from maskdsl.spans import spans
+from maskdsl.tile_cells import measure_tiles
 
 SIDES = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
@@ -37,6 +43,12 @@ def check(live: np.ndarray, grid: Grid, mask: Mask, view: object) -> None:
         assert not (some & ~cells.live).any()
     assert not (cells.full & ~all_).any()
     assert (all_ | (cells.share <= 1)).all()
+    assert not (cells.unsure & ~(cells.live & (cells.share == 0))).any()
+    if not is_opaque(mask) and not slots_of(mask) and all(
+            p.is_exact for p in spans(pick_head(mask, view.head))):
+        few = np.diff(grid.rows) <= ROWS
+        assert np.allclose(cells.share[few], share[few])
+        assert (cells.live[few] == some[few]).all()
 
 
 @given(masks(), shapes(70), SIDES)
@@ -83,3 +95,50 @@ def test_a_cell_of_one_pair_names_an_operand_that_keeps_it(mask: Mask, shape: Sh
     parts = np.stack([dense(part, shape)[0, 0].numpy() for _, part in parts_of(mask)])
     kept = np.take_along_axis(parts, np.maximum(sources.owner, 0)[None], 0)[0]
     assert (kept == live).all()
+
+
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(60, 160), SIDES)
+def test_a_formula_that_jumps_inside_cells_is_decided(block: int, count: int, length: int,
+                                                      sides: tuple[int, int]) -> None:
+    """Cells cross borders of random blocks, and yet none is called live that holds nothing."""
+    mask, shape = Causal() & (RandomBlocks(block, count) | Window(3)), Shape(length, length)
+    live = dense(mask, shape)[0, 0].numpy()
+    grid = Grid.over((0, length), (0, length), 8 * sides[0], 8 * sides[1])
+    cells = measure_cells(mask, grid, view_call(mask, shape))
+    some = np.array([[part.any() for part in row] for row in boxes_of(live, grid)])
+    crossed = [np.diff(edges) // block for edges in (grid.rows, grid.keys)]
+    few = (crossed[0][:, None] < 7) & (crossed[1] < 7)
+    assert (cells.live[few] == some[few]).all()
+    assert not cells.unsure[few].any()
+
+
+def test_tiles_that_random_blocks_leave_out_are_not_drawn() -> None:
+    mask, shape = Causal() & (RandomBlocks(24, 2) | Sink(5)), Shape(960, 960)
+    live = dense(mask, shape)[0, 0].numpy()
+    grid = Grid.over((0, 960), (0, 960), 30, 30, (32, 32))
+    full, masked, some = measure_tiles(mask, grid, view_call(mask, shape), (32, 32))
+    parts = boxes_of(live, grid)
+    assert ((full + masked > 0) == [[part.any() for part in row] for row in parts]).all()
+    assert (some == [[part.any() and not part.all() for part in row] for row in parts]).all()
+
+
+def test_shares_of_large_cells_are_counted_where_intervals_decide() -> None:
+    mask, shape = Causal() & (Sink(4) | Window(200) | LastQ(30)), Shape(4000, 4000)
+    grid = Grid.over((0, 4000), (0, 4000), 10, 10)
+    share = measure_cells(mask, grid, view_call(mask, shape)).share
+    live = dense(mask, shape)[0, 0].numpy().reshape(10, 400, 10, 400).mean((1, 3))
+    assert np.abs(share - live).max() < 2e-3
+    assert np.abs(share.mean() - live.mean()) < 1e-5
+
+
+@given(st.integers(0, 500), st.integers(0, 90), st.integers(1, 30), st.integers(0, 29))
+def test_ranges_are_split_where_formulas_jump(low: int, size: int, grain: int, shift: int) -> None:
+    ends = np.array([low]), np.array([low + size])
+    first, last, fits = split_range(*ends, ((grain, shift % grain),), 8)
+    numbers = {(x + shift % grain) // grain for x in range(low, low + size + 1)}
+    assert fits[0] == (len(numbers) <= 8)
+    covered = {x for a, b in zip(first[0], last[0], strict=True) for x in range(a, b + 1)}
+    assert covered == set(range(low, low + size + 1))
+    if fits[0]:
+        assert all((a + shift % grain) // grain == (b + shift % grain) // grain
+                   for a, b in zip(first[0], last[0], strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from maskdsl import (
     Band,
     Causal,
     Chunk,
+    Dilated,
     FirstQ,
     Full,
     KeyRange,
@@ -18,16 +20,20 @@ from maskdsl import (
     Mask,
     PrefixLM,
     QueryRange,
+    RandomBlocks,
     Shape,
     Sink,
     Stride,
+    VerticalSlash,
     Where,
     Window,
     dense,
     simplify,
 )
 from maskdsl.codegen.counts import N, count_closed
-from maskdsl.tiles import TileClass, classify_tile, count_pairs, rasterise
+from maskdsl.row_counts import class_rows
+from maskdsl.spans import spans
+from maskdsl.tiles import TileClass, can_count, classify_tile, count_pairs, rasterise
 
 
 @given(masks(), shapes())
@@ -88,3 +94,27 @@ def test_no_closed_form_is_invented(mask: Mask) -> None:
 def test_counting_a_million_rows_takes_no_square() -> None:
     mask = Causal() & (Sink(4) | Window(2048))
     assert count_pairs(mask, Shape(1 << 20, 1 << 20)) == 2052 * (1 << 20) - 2104326
+
+
+@pytest.mark.parametrize(("mask", "pairs"), [
+    # rows p keep the keys 0, 64, ... up to p: sum of p // 64 + 1
+    (Causal() & Stride(64), sum(p // 64 + 1 for p in range(1 << 20))),
+    # the keys p, p - 8, ... of the last 100 steps
+    (Dilated(100, 8), sum(min(100, p // 8 + 1) for p in range(1 << 20)))])
+def test_periodic_masks_of_a_million_tokens_are_counted(mask: Mask, pairs: int) -> None:
+    shape = Shape(1 << 20, 1 << 20)
+    assert can_count(mask, shape) and count_pairs(mask, shape) == pairs
+
+
+def test_what_is_counted_by_classes_of_rows() -> None:
+    """Against testing every pair, where conditions see p % n, p // n, or p itself."""
+    for mask, known in (
+            (Causal() & (Stride(5, 2) | Window(9) | RandomBlocks(8, 2, seed=3)), True),
+            (Where(lambda b, h, q, k: (q - 2 * k + 3) % 6 == 1) | Dilated(7, 3), True),
+            (Where(lambda b, h, q, k: (q * q + k) % 3 == 0), False),
+            (Where(lambda b, h, q, k: q * k < 900), False)):
+        for shape in (Shape(130, 130), Shape(40, 130), Shape(50, 130, 20, 300)):
+            assert can_count(mask, shape) == known
+            assert count_pairs(mask, shape) == int(dense(mask, shape).sum())
+    p = np.arange(40, dtype=np.int64)
+    assert class_rows(spans(VerticalSlash("vs")), p) is None

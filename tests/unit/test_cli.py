@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from maskdsl import Causal, LastQ, Sink, Window, compile, doctor
+from maskdsl import Causal, LastQ, Sink, Where, Window, bench, compile, doctor, explain
 from maskdsl.cli import main
 from maskdsl.compare import compare_masks
 
@@ -22,7 +22,7 @@ def test_show(capsys: Out) -> None:
     assert main(["show", TRIANGLE, "--len", "128K", "--width", "40"]) == 0
     out = capsys.readouterr().out
     assert "131,072 queries x 131,072 keys" in out
-    assert "░▒░" in out
+    assert "░░░" in out
     assert "\x1b" not in out  # not a terminal
     assert main(["show", "Window(2)", "--len", "4", "--no-causal", "--color", "always"]) == 0
     assert "\x1b[34m" in capsys.readouterr().out
@@ -53,7 +53,7 @@ def test_compare(capsys: Out) -> None:
     out = capsys.readouterr().out
     assert "A < B: every pair of A is in B, at every length" in out
     assert "A and C share no pair" in out
-    assert out.count("~") == 1  # one estimate, marked
+    assert "~" not in out  # all are counted, the stride too
     assert main(["compare", "Window(3)", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["masks"][0]["exact"]
 
@@ -64,6 +64,10 @@ def test_compare_counts_right() -> None:
     assert told.masks[1].causal_share == 1
     assert told.masks[1].full == pytest.approx(28 / 64)
     assert told.masks[1].masked == pytest.approx(8 / 64)
+    odd = Causal() & Where(lambda b, h, q, k: (q * q + k) % 3 == 0)
+    told = compare_masks([odd], 1024)
+    assert not told.masks[0].exact and str(told).count("~") == 1  # an estimate, marked
+    assert told.masks[0].causal_share == pytest.approx(1 / 3, abs=0.01)
     assert "A = B" in str(compare_masks([Window(4) & Causal(), Window(4, 9) & Causal()], 64))
 
 
@@ -133,3 +137,68 @@ def test_as_a_program(project: Path) -> None:
                          shell=True, text=True, capture_output=True, env=env, check=True)
     assert run.stdout.startswith('"""Attention forward')
     assert "Traceback" not in run.stderr
+
+
+def test_what_cannot_be_run_is_told_and_not_thrown(capsys: Out) -> None:
+    for words, told in [
+            (["bench", "Window(4)", "--device", "nosuch"], "torch cannot use it"),
+            (["bench", "Window(4)", "--heads", "4", "--kv-heads", "3"], "must divide"),
+            (["bench", "VerticalSlash('vs')", "--len", "64"], "the command line has none"),
+            (["show", "PerHead([Window(3), Causal()])", "--head", "2", "--len", "8"],
+             "no such head"),
+            (["show", "Window(3)", "--rows", "5:2", "--len", "8"], "impossible part")]:
+        assert main(words) == 1
+        assert told in capsys.readouterr().err
+    assert main(["show", "Window(3)", "--rows", "five"]) == 2
+    assert "not a range" in capsys.readouterr().err
+
+
+def test_heads_of_a_mask_are_its_own(capsys: Out) -> None:
+    mask = "PerHead([Window(3), Causal()])"
+    assert main(["explain", mask, "--len", "64", "--format", "markdown"]) == 0
+    assert "2 query heads" in capsys.readouterr().out
+    assert main(["bench", mask, "--len", "64", "--repeat", "1", "--backend", "torch",
+                 "--device", "cpu"]) == 0
+    assert "q [1, 2, L, 64]" in capsys.readouterr().out
+    assert main(["show", mask, "--len", "8", "--head", "1"]) == 0
+    assert "head 1 of 2" in capsys.readouterr().out
+
+
+def test_a_part_is_shown(capsys: Out) -> None:
+    assert main(["show", "Window(3) | Sink(2)", "--len", "128K", "--rows", "1000:1004", "--keys",
+                 ":6"]) == 0
+    out = capsys.readouterr().out
+    assert "queries 1,000 to 1,003 of 131,072, keys 0 to 5 of 131,072, 33.3 % live" in out
+    assert out.count("██····") == 4
+
+
+def test_formats_of_explain(capsys: Out) -> None:
+    for name, begins in (("text", "mask "), ("markdown", "| |"), ("html", "<table>"),
+                         ("json", "{")):
+        assert main(["explain", "Window(9)", "--len", "99", "--format", name]) == 0
+        assert capsys.readouterr().out.startswith(begins)
+
+
+def test_dense_that_does_not_run_is_left_out(capsys: Out, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise RuntimeError("not enough memory: you tried to allocate 4398046511104 bytes")
+
+    monkeypatch.setattr(bench, "torch_dense", fails)
+    assert main(["bench", "Window(9)", "--len", "64", "--repeat", "1", "--backend", "torch",
+                 "--device", "cpu", "--json"]) == 0
+    got = capsys.readouterr()
+    assert json.loads(got.out)[0]["dense_ms"] is None
+    assert "dense attention does not run: not enough memory" in got.err
+
+
+def test_compare_predicts(capsys: Out) -> None:
+    assert main(["compare", "Window(512)", "Causal()", "PerHead([Causal(), Causal()])",
+                 "VerticalSlash('vs')", "--len", "32K", "--chip", "H100", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    window, causal, heads, listed = told["masks"]
+    assert window["ms"] < causal["ms"] == pytest.approx(told["dense_ms"])
+    assert heads["ms"] < causal["ms"] and heads["dense_ms"] <= heads["ms"]
+    assert listed["ms"] is None
+    assert window["ms"] == pytest.approx(explain(Window(512), 32768, heads=32, kv_heads=8,
+                                                 chip="H100").prediction.ms)
+    assert main(["compare", "Window(4)", "--chip", "abacus"]) == 1

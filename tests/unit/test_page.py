@@ -65,6 +65,7 @@ PROGRAM = """
 const text = require("fs").readFileSync(0, "utf8");
 const bits = JSON.parse(text).map((call) => call.heads.map((one) => {
   const parts = compileHead(one), rows = [];
+  let open = 0;  // boxes of dead pairs of which the bounds cannot say so
   for (let r = 0; r < call.q_len; r++) {
     let row = "";
     for (let k = 0; k < call.kv_len; k++)
@@ -74,13 +75,15 @@ const bits = JSON.parse(text).map((call) => call.heads.map((one) => {
   const wrong = [];  // boxes of which the bounds say something false
   for (let r = 0; r < call.q_len; r += 5) for (let k = 0; k < call.kv_len; k += 3) {
     const r1 = Math.min(r + 8, call.q_len), k1 = Math.min(k + 6, call.kv_len);
-    const state = Math.max(...parts.map((part) => part.judge({ p0: r + call.q_offset,
-      p1: r1 - 1 + call.q_offset, k0: k, k1: k1 - 1 })));
+    const box = { p0: r + call.q_offset, p1: r1 - 1 + call.q_offset, k0: k, k1: k1 - 1 };
+    const state = Math.max(...parts.map((part) =>
+      part.judge(box) === 1 && mayHold(part, box) === false ? 0 : part.judge(box)));
     const cells = rows.slice(r, r1).map((row) => row.slice(k, k1)).join("");
     const [some, dead] = [cells.includes("#"), cells.includes(".")];
     if ((state === 0 && some) || (state === 2 && dead)) wrong.push([r, k]);
+    if (state === 1 && !some) open += 1;
   }
-  return { rows, wrong };
+  return { rows, wrong, open };
 }));
 console.log(JSON.stringify(bits));
 """
@@ -95,6 +98,7 @@ def data_of(page: str) -> Any:
 @pytest.mark.skipif(NODE is None, reason="needs node")
 def test_the_page_judges_as_python_does(project: Path) -> None:
     calls = [(mask, shape, {}) for mask in MASKS for shape in SHAPES]
+    calls += [(RandomBlocks(3, 1, seed=1), shape, {}) for shape in SHAPES]
     calls += [(mask, shape, slots) for mask, slots in SLOTTED
               for shape in (Shape(40, 40), Shape(30, 35, 5))]
     pages = [data_of(mask.to_html(None, shape.q_len, shape.kv_len, q_offset=shape.q_offset,
@@ -108,6 +112,8 @@ def test_the_page_judges_as_python_does(project: Path) -> None:
         rows = ["".join("#" if x else "." for x in row) for row in live]
         assert answer["rows"] == rows, (mask, shape)
         assert answer["wrong"] == [], (mask, shape)
+        if isinstance(mask, RandomBlocks):
+            assert answer["open"] == 0
 
 
 def test_a_page_is_small_whole_and_alone(tmp_path: Path) -> None:
@@ -134,6 +140,8 @@ def test_what_a_page_cannot_show_is_told() -> None:
     table = torch.zeros(64, dtype=torch.bool)
     with pytest.raises(PictureError, match="only runs in Python"):
         Where(lambda b, h, q, k: table[k]).to_html(None, 32)
+    with pytest.raises(PictureError, match="no such head"):
+        Causal().to_html(None, 32, heads=2, head=2)
     with pytest.raises(PictureError, match="nothing to draw"):
         Causal().to_html(None, 0)
     with pytest.raises(MissingSlotError):

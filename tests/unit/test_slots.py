@@ -169,4 +169,4 @@ def test_mistakes_are_told(act: Callable[[], Any], error: type[Exception], words
 def test_explain_says_what_it_does_not_know() -> None:
     text = str(maskdsl.compile(Sink(4) | VerticalSlash("vs"), backend="torch").explain(1000))
     assert "3,994 of" in text and "VerticalSlash('vs'): not counted" in text
-    assert "mask by its data" in text
+    assert "mask: its data" in text

@@ -25,6 +25,7 @@ from maskdsl import (
     VSIndices,
     Window,
     capture,
+    compile,
     dense,
     dense_attention,
     study,
@@ -95,7 +96,11 @@ def test_heads_slots_and_layers_of_their_own() -> None:
         check(told, 0, i, plain(layer, per_head, 8))
         check(told, 1, i, plain(layer, Window(4) if i else Full(), 8))
         check(told, 2, i, plain(layer, Sink(1) | VerticalSlash("vs"), 8, {"vs": vs}))
-    assert told.costs[2].tiles is None  # its data decides
+    counted = compile(Sink(1) | VerticalSlash("vs")).explain(
+        layers[0].q.shape[2], batch=layers[0].q.shape[0], heads=4, vs=vs, chip="H100",
+        kv_heads=layers[0].k.shape[1], head_dim=layers[0].q.shape[3])
+    assert told.costs[2].tiles == pytest.approx(1 / counted.tile_speedup)
+    assert told.costs[2].ms is not None
     assert told.costs[1].tiles is not None
 
 
@@ -176,8 +181,12 @@ def test_tables_and_pictures(tmp_path: Path) -> None:
                           {"wide": Window(64), "thin": Window(16), "all": Causal(),
                            "bad": LastQ(120)}, rows=None, progress=False)
     text = str(told)
-    assert "Pareto front: thin, wide, all" in text
-    assert [told.names[i] for i in told.front()] == ["thin", "wide", "all"]
+    assert "Pareto front of mass over tiles: wide, all" in text  # as many tiles, more mass
+    assert [told.names[i] for i in told.front()] == ["wide", "all"]
+    assert [told.names[i] for i in told.front("pairs")] == ["thin", "wide", "all"]
+    assert told.plot(cost="ms").axes[0].get_xlabel() == "predicted milliseconds a layer"
+    with pytest.raises(StudyError, match="no such cost"):
+        told.front("euros")
     assert text.count("\n") == 6
     assert "<td>thin</td>" in told._repr_html_()
     assert set(told.to_dict()["patterns"]["thin"]) == {"mass", "recall", "pairs", "tiles", "ms",
