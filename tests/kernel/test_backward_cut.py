@@ -24,6 +24,7 @@ from maskdsl import (
     LastQ,
     Mask,
     PerHead,
+    QueryRange,
     RelativePosition,
     Shape,
     Sink,
@@ -64,7 +65,8 @@ def found(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Cut, Cut]]]:
 @needs_interpreter
 @pytest.mark.parametrize(("mask", "slots", "queries"), [
     (TRIANGLE, {}, True), (VerticalSlash("vs") | TRIANGLE, {"vs": VS}, False),
-    (Columns("c") | TRIANGLE, {"c": torch.tensor([[[0, 3, 60]]])}, False),
+    (Columns("c") | Sink(5) & QueryRange(0, 90) | Window(6),  # columns of a cut tile, elsewhere
+     {"c": torch.tensor([[[0, 3, 9, 60]]])}, False),
     (PerHead([TRIANGLE, Sink(20) | Window(9)]), {}, False),
 ], ids=lambda x: repr(x)[:40] if isinstance(x, Mask) else "")
 def test_gradients(found: list[tuple[Cut, Cut]], mask: Mask, slots: dict[str, Any],
