@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -114,22 +114,42 @@ def parse_pattern(name: str) -> Pattern:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One call: a square forward pass of `length` tokens, batch 1, bfloat16."""
+    """One call: a square forward pass of `length` tokens, batch 1, bfloat16.
+
+    value_dim  head dimension of the values where it is another than that of the keys, else 0
+    """
 
     pattern: Pattern
     length: int
     heads: int = HEADS
     kv_heads: int = KV_HEADS
     dim: int = DIM
+    value_dim: int = 0
+
+    def at(self, pattern: Pattern, length: int) -> Case:
+        """The same heads with another mask and length."""
+        return replace(self, pattern=pattern, length=length)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The arguments of `make_inputs`."""
+        sizes = (self.length, self.heads, self.kv_heads, self.dim)
+        return (*sizes, self.value_dim) if self.value_dim else sizes
+
+    @property
+    def pair_flops(self) -> float:
+        """Floating-point operations of one live pair of one head."""
+        return 2.0 * (self.dim + (self.value_dim or self.dim))
 
     def flops(self) -> float:
         """Floating-point operations of the live pairs of all heads."""
-        return 4.0 * self.dim * self.heads * self.pattern.pairs(self.length)
+        return self.pair_flops * self.heads * self.pattern.pairs(self.length)
 
     def columns(self) -> dict[str, object]:
         """What every row of this case begins with."""
         return {"mask": self.pattern.key, "length": self.length,
-                "heads": f"{self.heads}/{self.kv_heads}", "dim": self.dim}
+                "heads": f"{self.heads}/{self.kv_heads}",
+                "dim": f"{self.dim}/{self.value_dim}" if self.value_dim else self.dim}
 
 
 TRIANGLES = (Pattern(64, 1024, 128), Pattern(8, 512, 128))
@@ -155,8 +175,14 @@ def parse_heads(text: str) -> tuple[int, int]:
     return heads, kv_heads
 
 
+def parse_dim(text: str) -> tuple[int, int]:
+    """(head dimension, that of the values or 0 for the same) of 128 or 192:128."""
+    dim, _, value_dim = text.partition(":")
+    return int(dim), int(value_dim or 0)
+
+
 def choose_cases(only: Sequence[str], lengths: Sequence[int], heads: Sequence[tuple[int, int]],
-                 dims: Sequence[int]) -> list[Case]:
+                 dims: Sequence[tuple[int, int]]) -> list[Case]:
     """The cases a command line asks for: the default rows, those of some masks, or (with any of
     lengths, heads, dims) every combination. An empty sequence is "not given"."""
     patterns = [parse_pattern(name) for name in only] or \
@@ -165,6 +191,6 @@ def choose_cases(only: Sequence[str], lengths: Sequence[int], heads: Sequence[tu
         defaults = [case for case in DEFAULT_CASES if case.pattern in patterns]
         known = {case.pattern for case in defaults}
         return defaults + [Case(p, n) for p in patterns if p not in known for n in (SHORT, LONG)]
-    return [Case(pattern, length, *pair, dim) for pattern in patterns
+    return [Case(pattern, length, *pair, *dim) for pattern in patterns
             for length in lengths or (SHORT, LONG) for pair in heads or ((HEADS, KV_HEADS),)
-            for dim in dims or (DIM,)]
+            for dim in dims or ((DIM, 0),)]

@@ -30,6 +30,7 @@ from benchmarks.cases import (
     Case,
     Pattern,
     choose_cases,
+    parse_dim,
     parse_heads,
     parse_length,
 )
@@ -102,7 +103,7 @@ class Runner:
     limit   seconds for a row, its compilation included
     until   `time.monotonic()` after which no further row is begun
     time    (function) -> milliseconds
-    inputs  (length, heads, kv_heads, dim) -> q, k, v
+    inputs  (length, heads, kv_heads, dim[, value_dim]) -> q, k, v
     done    rows there already (of a process that ended early)
     save    called with (running row or None, rows) before and after every row
     """
@@ -110,7 +111,7 @@ class Runner:
     peers: list[Peer]
     limit: float
     time: Callable[[Callable[[], Any]], float] = time_ms
-    inputs: Callable[[int, int, int, int], Tensors] = make_inputs
+    inputs: Callable[..., Tensors] = make_inputs
     check_length: int = CHECK_LENGTH
     until: float = math.inf
     done: list[dict[str, Any]] = field(default_factory=list)
@@ -128,7 +129,7 @@ class Runner:
             row = case.columns() | {"kernel": peer.name}
             self.save(row, self.done)  # first, so that whatever ends the process names its row
             if tensors is None:
-                tensors = self.inputs(case.length, case.heads, case.kv_heads, case.dim)
+                tensors = self.inputs(*case.sizes)
             ours = self.find(case, self.peers[0])
             if expected is None and ours is not None and "ms" in ours:
                 expected = self.run_ours(case, tensors)
@@ -179,10 +180,9 @@ class Runner:
 
     def check(self, case: Case, peer: Peer, deadline: float) -> float | None:
         """Relative error against float32 on a short call; None where the mask has no way."""
-        small = Case(case.pattern, min(case.length, self.check_length), case.heads,
-                     case.kv_heads, case.dim)
+        small = case.at(case.pattern, min(case.length, self.check_length))
         if (small, peer.key) not in self.checked:
-            tensors = self.inputs(small.length, small.heads, small.kv_heads, small.dim)
+            tensors = self.inputs(*small.sizes)
             made = peer.prepare(small, tensors, deadline)
             if made is None:
                 return None
@@ -194,7 +194,7 @@ class Runner:
         """What follows from one timing."""
         row: dict[str, Any] = {"ms": ms, "tflops": case.flops() / ms / 1e9}
         if made.visited is not None:
-            row["visited_tflops"] = 4.0 * case.dim * made.visited / ms / 1e9
+            row["visited_tflops"] = case.pair_flops * made.visited / ms / 1e9
         ours = self.find(case, self.peers[0])
         if ours is not None and "ms" in ours:
             row["ms_over_ours"] = ms / ours["ms"]
@@ -210,7 +210,7 @@ class Runner:
     def dense(self, case: Case) -> tuple[Case, float | None]:
         """(call, milliseconds) of dense FlashAttention 3 with these heads: at this length, or at
         128K for what is longer (its rate no longer grows); None where it is not there."""
-        base = Case(Pattern(), min(case.length, LONG), case.heads, case.kv_heads, case.dim)
+        base = case.at(Pattern(), min(case.length, LONG))
         peer = next((p for p in self.peers if isinstance(p, FlashAttention3)), None)
         if base not in self.dense_ms:
             self.dense_ms[base] = None
@@ -218,8 +218,7 @@ class Runner:
             if known:
                 self.dense_ms[base] = known.get("ms")
             elif peer is not None:
-                made = peer.prepare(base, self.inputs(base.length, base.heads, base.kv_heads,
-                                                      base.dim), time.monotonic())
+                made = peer.prepare(base, self.inputs(*base.sizes), time.monotonic())
                 assert made is not None
                 try:
                     self.dense_ms[base] = self.time(made.run)
@@ -343,11 +342,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", type=listed(str), default=[], metavar="MASK,...",
                         help="dense, window-W, sink-S-window-W or triangle-S-W-N")
     parser.add_argument("--peers", type=listed(str), default=[], metavar="KEY,...",
-                        help="portable, fa3, fa4, cudnn, fsa, flex, flex-tuned, sdpa-flash, "
-                             "sdpa-cudnn; default all; ours is always measured")
+                        help="portable, hopper, fa3, fa4, cudnn, fsa, flex, flex-tuned, "
+                             "sdpa-flash, sdpa-cudnn; default all; ours is always measured")
     parser.add_argument("--lengths", type=listed(parse_length), default=[], metavar="32K,...")
     parser.add_argument("--heads", type=listed(parse_heads), default=[], metavar="32:8,...")
-    parser.add_argument("--dims", type=listed(int), default=[], metavar=f"{DEFAULT_DIM},...")
+    parser.add_argument("--dims", type=listed(parse_dim), default=[],
+                        metavar=f"{DEFAULT_DIM},192:128,...")
     parser.add_argument("--limit", type=float, default=90.0, help="seconds for a row")
     parser.add_argument("--quick", action="store_true",
                         help="shorter timings, and nothing above 128K")

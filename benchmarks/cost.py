@@ -29,7 +29,7 @@ from maskdsl import Causal, Shape
 from maskdsl.codegen.cost import padded, predict
 from maskdsl.codegen.forecast import HOPPER, refuse_call_of, tile_on, total_visited
 from maskdsl.codegen.hopper import is_hopper
-from maskdsl.codegen.hopper_work import ITEM, count_hopper
+from maskdsl.codegen.hopper_work import count_hopper, item_of
 from maskdsl.codegen.kernel import arch_of, interpreting
 from maskdsl.codegen.lists import sort_atoms
 from maskdsl.codegen.rates import H100, RATES
@@ -119,7 +119,8 @@ def count(case: Case, backend: str,
         heads_of(case)
     arch, processors = chip()
     if backend == HOPPER:
-        return ITEM, count_hopper(mask, shape, call, processors, with_pairs=False)[0].visited
+        works, _ = count_hopper(mask, shape, call, processors, with_pairs=False)
+        return item_of(call), total_visited(works)
     tile = tile_on(mask, arch, call)
     return tile, total_visited(count_work(mask, tile, shape, call, slots, with_pairs=False))
 

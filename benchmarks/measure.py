@@ -115,13 +115,15 @@ def device() -> str:
 
 
 def make_inputs(length: int, heads: int = HEADS, kv_heads: int = KV_HEADS,
-                dim: int = DIM) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random normal q, k, v [1, H, length, dim]: bf16 on the GPU, float32 without one."""
+                dim: int = DIM, value_dim: int = 0) -> tuple[torch.Tensor, torch.Tensor,
+                                                             torch.Tensor]:
+    """Random normal q, k, v [1, H, length, dim]: bf16 on the GPU, float32 without one; value_dim
+    0: dim."""
     where = device()
     dtype = torch.bfloat16 if where == "cuda" else torch.float32
     generator = torch.Generator(device=where).manual_seed(length)
-    q, k, v = (torch.randn(1, h, length, dim, device=where, dtype=dtype, generator=generator)
-               for h in (heads, kv_heads, kv_heads))
+    q, k, v = (torch.randn(1, h, length, d, device=where, dtype=dtype, generator=generator)
+               for h, d in ((heads, dim), (kv_heads, dim), (kv_heads, value_dim or dim)))
     return q, k, v
 
 

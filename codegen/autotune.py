@@ -13,7 +13,7 @@ import triton
 
 from maskdsl.codegen.choices import Kind, Run, Setting, Tuned, Tuner, code_digest, time_call
 from maskdsl.codegen.emit import emit_kernels
-from maskdsl.codegen.hopper_cut import ROWS, HopperConfig, pick_hopper
+from maskdsl.codegen.hopper_cut import HopperConfig, other_rooms, packs, pick_hopper, room_config
 from maskdsl.codegen.kernel import (
     Call,
     TritonForward,
@@ -63,15 +63,18 @@ def portable_candidates(arch: str, head_dim: int, value_dim: int, item_size: int
     return tuple(c for c in found if fits_chip(c, arch, head_dim, value_dim, item_size))
 
 
-def hopper_candidates(mask: Mask, group: int, head_dim: int) -> tuple[HopperConfig, ...]:
+def hopper_candidates(mask: Mask, group: int, head_dim: int, value_dim: int = 0,
+                      by_name: bool = False) -> tuple[HopperConfig, ...]:
     """Configs of the Hopper kernel, the default first: heads that share their key tiles, and the
     width of the first tile."""
-    default = pick_hopper(mask, group, head_dim)
-    alone = make_plan(mask, ROWS, 32).needs_head
-    packed = [n for n in (4, 2, 1) if n == 1 or (group % n == 0 and not alone)]
+    default = pick_hopper(mask, group, head_dim, value_dim, by_name)
+    packed = [n for n in (4, 2, 1) if group % n == 0 and packs(mask, n)]
     made = (replace(default, heads_packed=n, narrow=narrow) for n in packed
-            for narrow in (32, 64, 128))
-    return tuple(dict.fromkeys((default, *made)))
+            for narrow in (32, 64, 128) if narrow <= default.block_n)
+    rooms: tuple[HopperConfig, ...] = ()
+    if by_name:  # not measured: other ways to divide shared memory
+        rooms = tuple(room_config(default, *room) for room in other_rooms(head_dim, value_dim))
+    return tuple(dict.fromkeys((default, *made, *rooms)))
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -114,7 +117,8 @@ class Autotuned:
         """What is tried for a kind of call, the default first."""
         found: tuple[Setting, ...] = ()
         if kind.kernels != "portable":
-            found = hopper_candidates(self.forward.mask, kind.group, kind.head_dim)
+            found = hopper_candidates(self.forward.mask, kind.group, kind.head_dim,
+                                      kind.value_dim, self.forward.must)
         if kind.kernels != "hopper":
             sizes = kind.head_dim, kind.value_dim, item_size
             found += portable_candidates(arch, *sizes, self.forward.config(arch, *sizes))

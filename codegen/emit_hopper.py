@@ -16,47 +16,67 @@ from maskdsl.codegen.listing import Segment
 from maskdsl.codegen.plan import Plan
 
 # compile-time constants that all functions of the file share
-CONSTANTS = ("HEADS_PACKED", "SPAN", "NARROW", "BLOCK_N", "GRAIN", "K_SLOTS", "V_SLOTS", "WITH_LSE")
+CONSTANTS = ("HEADS_PACKED", "SPAN", "NARROW", "BLOCK_N", "GRAIN", "K_SLOTS", "V_SLOTS", "K_PARTS",
+             "V_PARTS", "Q_LETTERS", "WITH_LSE")
 
 # what a letter holds of every item; the mask's own numbers follow
 LETTER = ("item", "batch", "head", "q_tile", "part", "narrow", "rest", "loose", "masked_steps",
           "first", "last")
 LETTER_SIZE = 32
 
+# marks of the template that are empty for masks without a table of their own, and without lists;
+# a mark that ends another comes after it
+NO_TABLE = ("    # <KINDS>\n", "        # <OWN>\n", "    # <OWN>\n")
+NO_LISTS = ("        # <JOIN_STATE>\n", "            # <LOAD_SIDES>\n", "        # <SIDES>\n",
+            "        # <AFTER_SIDES>\n", "    # <LISTED_FULL>\n", "<MORE>")
 
-def emit_hopper(plan: Plan) -> str:
-    """The kernel file of a plan whose tiles are grains; equal plans give equal text."""
+
+def emit_hopper(*plans: Plan, groups: tuple[int, ...] = ()) -> str:
+    """The kernel file of a plan whose tiles are grains, or of one for each kind of head, costliest
+    first; equal plans give equal text.
+
+    groups  of several kinds: groups of packed heads of each, in one batch entry
+    """
+    from maskdsl.codegen import emit_hopper_kinds as kinds
+    from maskdsl.codegen.emit_hopper_sieve import ADD, list_names, sieve_pieces
+
+    plan, several, sieve = plans[0], len(plans) > 1, plans[0].sieve is not None
+    assert not (several and any(one.sieve for one in plans))
     loose, full = places_of(plan)
-    names = state_names(plan)
-    letter = [*LETTER, *names]
-    counts = [f"{place.name}_count{len(place.lines)}" if place.lines else "gl.to_tensor(0)"
-              for place in (loose, full)]
-    bounds = (*plan.bounds, *loose.lines, *full.lines,
-              *(("nothing = gl.to_tensor(0)",) if names == ["nothing"] else ()),
-              f"return {', '.join(counts)}, ({', '.join(names)},)")
-    pieces = common_pieces(plan) | {
-        "    # <BOUNDS>\n": indent(in_gluon(bounds)),
-        "    # <GRAIN_AT>\n": indent(in_gluon((f"return {loose.text}",))),
-        "    # <FULL_AT>\n": indent(in_gluon((f"return {full.text}",))),
-        "# <MASK_TILE>\n": mask_text(plan),
+    names = kinds.own_names(plans) if several else state_names(plan)
+    own = list_names(plan) if sieve else names
+    letter = [*LETTER, *own]
+    pieces = common_pieces(*plans) | {
+        "# <MASK_TILE>\n": kinds.kind_functions(plans) if several else
+                           (ADD if sieve else "") + mask_text(plan),
         "    # <WRITE>\n": indent(tuple(f"text = gl.where(place == {i}, {name}, text)"
                                         for i, name in enumerate(letter))),
         "    # <READ>\n": indent((f"return ({words(0, len(LETTER))},",
                                  f"        ({words(len(LETTER), len(letter))},))")),
-        "    # <STATE>\n": indent((f"{', '.join(names)}, = state",)),
         "<LETTER_SIZE>": str(LETTER_SIZE),
     }
-    pieces |= dict.fromkeys(("        # <JOIN_STATE>\n", "            # <LOAD_SIDES>\n",
-                             "        # <SIDES>\n", "        # <AFTER_SIDES>\n",
-                             "    # <LISTED_FULL>\n", "<MORE>"), "")
+    if several:
+        pieces |= {"    # <BOUNDS>\n": indent(kinds.kind_bounds(plans)),
+                   "    # <GRAIN_AT>\n": indent(kinds.kind_place(plans, 0)),
+                   "    # <FULL_AT>\n": indent(kinds.kind_place(plans, 1)),
+                   "    # <KINDS>\n": indent(kinds.kind_order(plans, groups))}
+    elif sieve:
+        pieces |= sieve_pieces(plan)
+    else:
+        pieces |= {"    # <BOUNDS>\n": indent(in_gluon(tile_bounds(plan))),
+                   "    # <GRAIN_AT>\n": indent(in_gluon((f"return {loose.text}",))),
+                   "    # <FULL_AT>\n": indent(in_gluon((f"return {full.text}",)))}
+    # the marks not filled by now, and what lists alone have
+    pieces |= {"    # <STATE>\n": indent((f"{', '.join(own)}, = state",))}
+    pieces |= dict.fromkeys([mark for mark in (*NO_TABLE, *NO_LISTS) if mark not in pieces], "")
     return fill_template(read_template("hopper"), pieces)
 
 
-def common_pieces(plan: Plan) -> dict[str, str]:
+def common_pieces(*plans: Plan) -> dict[str, str]:
     """What static masks and those with call-time data fill in alike."""
-    order, which = ("light - 1 - place", "last") if plan.last_first else ("place", "first")
+    order, which = ("light - 1 - place", "last") if plans[0].last_first else ("place", "first")
     return {
-        "<HEADER>\n": header_text(plan),
+        "<HEADER>\n": "".join(map(header_text, plans)),
         "    # <TILE_ORDER>\n": indent((
             f"# the {which} query tiles see most keys: they start first", f"q_tile = {order}")),
         "<CONSTANTS>": wrap([f"{name}: gl.constexpr" for name in CONSTANTS], 3, 12),
@@ -71,6 +91,20 @@ def fill_template(template: str, pieces: dict[str, str]) -> str:
     return template
 
 
+def tile_bounds(plan: Plan, flat: bool = False) -> tuple[str, ...]:
+    """The body of `find_tiles`; flat: the mask's own numbers are no tuple of their own, and all are
+    tensors, as branches that join must agree in type."""
+    loose, full = places_of(plan)
+    names = state_names(plan)
+    counts = [f"{place.name}_count{len(place.lines)}" if place.lines else "gl.to_tensor(0)"
+              for place in (loose, full)]
+    none = ("nothing = gl.to_tensor(0)",) if names == ["nothing"] else ()
+    result = f"{', '.join(counts)}, ({', '.join(names)},)"
+    if flat:
+        result = ", ".join(f"gl.to_tensor({name})" for name in (*counts, *names))
+    return (*plan.bounds, *loose.lines, *full.lines, *none, f"return {result}")
+
+
 def words(first: int, last: int) -> str:
     """The numbers first, first + 1, ... of a letter."""
     return wrap([f"word_of(letter, {i})" for i in range(first, last)], 4, 12)
@@ -83,8 +117,8 @@ def wrap(parts: list[str], a_line: int, depth: int) -> str:
 
 
 def fits_letter(plan: Plan) -> bool:
-    """Whether what an item must know of the mask fits a letter."""
-    return len(LETTER) + len(state_names(plan)) <= LETTER_SIZE
+    """Whether what an item must know of the mask, and its kind, fits a letter."""
+    return len(LETTER) + 1 + len(state_names(plan)) <= LETTER_SIZE
 
 
 def places_of(plan: Plan) -> tuple[Place, Place]:
@@ -105,7 +139,8 @@ def header_text(plan: Plan) -> str:
     return (f"mask         {plan.mask!r}\n"
             f"item         128 rows of {plan.block_m} positions, grains of {plan.block_n} keys\n"
             f"FULL tiles   {count_text(plan.full)}, no mask\n"
-            f"loose        {count_text(plan.masked)}\n")
+            f"loose        {count_text(plan.masked)}"
+            f"{', dead grains left out by interval arithmetic' if plan.sieve else ''}\n")
 
 
 def in_gluon(lines: tuple[str, ...]) -> tuple[str, ...]:
@@ -157,14 +192,22 @@ INTERVAL = re.compile(r"\((?:\(k >= (\w+)\) & )?\(?k < (\w+)\)?\)")
 def mask_text(plan: Plan) -> str:
     """The functions that mask a tile: by words of bits where the mask of a row is a union of
     intervals, else pair by pair."""
+    lines = interval_words(plan)
+    if lines is None:
+        return read_template("hopper_mask").replace(
+            "    # <LIVE>\n", indent(in_gluon((*plan.rows, f"return {plan.live}"))))
+    return read_template("hopper_words").replace("    # <WORDS>\n", indent(lines))
+
+
+def interval_words(plan: Plan) -> tuple[str, ...] | None:
+    """The body of `live_words`; None where the mask of a row is no union of intervals."""
     words = []
     for test in plan.tests:
         found = INTERVAL.fullmatch(test)
         if found is None:
-            return read_template("hopper_mask").replace(
-                "    # <LIVE>\n", indent(in_gluon((*plan.rows, f"return {plan.live}"))))
+            return None
         low, high = found.groups()
         word = f"below({high} - start)"
         words.append(f"({word} & ~below({low} - start))" if low else word)
-    lines = (*in_gluon(plan.rows), "start = start + p * 0", f"return {' | '.join(words)}")
-    return read_template("hopper_words").replace("    # <WORDS>\n", indent(lines))
+    return (*in_gluon(plan.rows), "start = start + p * 0",
+            f"return {' | '.join(words) or 'start * 0'}")

@@ -10,6 +10,7 @@ import re
 from maskdsl.codegen.emit import read_template
 from maskdsl.codegen.emit_hopper import (
     LETTER,
+    NO_TABLE,
     common_pieces,
     fill_template,
     in_gluon,
@@ -55,7 +56,7 @@ LISTED_FULL = (
 )
 LOAD_LOOSE = '''\
     """Fill one slot with loose grains first, first + 1, ...; `grains` is the ring cut into grains
-    of at most 64 elements a row, as wide as the swizzle."""
+    of at most 64 elements a row, as wide as the swizzle: HALVES of them side by side are a part."""
 '''
 LOAD_STEP = '''\
     """Keys and values of step n of an item."""
@@ -123,6 +124,7 @@ def emit_listed(plan: Plan) -> str:
         "<LETTER_SIZE>": str(LETTER_SIZE),
         "<MORE>": "".join(f", {name}" for name in more_names(plan)),
     }
+    pieces |= dict.fromkeys(NO_TABLE, "")
     text = fill_template(listed_template(plan), pieces)
     return with_copies(text, plan) if plan.lists.columns else text
 
@@ -164,10 +166,10 @@ def listed_template(plan: Plan) -> str:
     text = text.replace("loose, state, BLOCK_N, GRAIN, BLOCK_N",
                         "loose, letter, BLOCK_N, GRAIN, BLOCK_N")
     # the letter that says stop is read like any other: it names places that exist
-    text = patch(text, "open_item(item, q_tiles, batch_groups, groups, section, split_first, "
-                 "split_count,\n                      splits",
-                 "open_item(gl.minimum(item, items - 1), q_tiles, batch_groups, groups, section,\n"
-                 "                      split_first, split_count, splits")
+    text = patch(text, "open_item(item, count, q_tiles, batch_groups, groups, section, "
+                 "split_first, split_count,\n                      splits",
+                 "open_item(gl.minimum(item, items - 1), count, q_tiles, batch_groups, groups,\n"
+                 "                      section, split_first, split_count, splits")
     text = patch(text, GRAINS, GRAINS.replace("gl.static_range", "range"))
     text = patch(text, APART, "        scattered = are_apart(place, start, loose, state, GRAIN)\n")
     text = re.sub(r"\btotal_len(?=[,)])", "total_len<MORE>", text)

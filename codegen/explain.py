@@ -276,8 +276,7 @@ def count_request(request: Request) -> tuple[tuple[KindWork, ...], HopperCut | N
     mask, shape, call = request.mask, request.shape, request.call
     if request.kernel == HOPPER:
         assert request.rates is not None  # an item too long is cut by the chip's size
-        work, cut = count_hopper(mask, shape, call, request.rates.processors)
-        return (work,), cut
+        return count_hopper(mask, shape, call, request.rates.processors)
     return count_work(mask, request.tile, shape, call, request.data, widen=request.widen), None
 
 

@@ -13,13 +13,14 @@ from typing import Any
 from maskdsl.atoms import Causal
 from maskdsl.codegen.cost import Prediction, predict
 from maskdsl.codegen.hopper_cut import refuse_dims, refuse_mask
-from maskdsl.codegen.hopper_work import ITEM, HopperCut, count_hopper, is_intervals
+from maskdsl.codegen.hopper_work import HopperCut, count_hopper, is_intervals, item_of
 from maskdsl.codegen.lists import group_heads, shared_rows, sort_atoms
 from maskdsl.codegen.planner import mean_row_width
 from maskdsl.codegen.rates import Rates
 from maskdsl.codegen.tune import config_for_tile, pick_config
 from maskdsl.codegen.visits import Visited
 from maskdsl.codegen.workload import CallHeads, KindWork, count_work
+from maskdsl.dynamic import slots_of
 from maskdsl.expr import Mask
 from maskdsl.shape import Shape
 from maskdsl.trace import is_traceable
@@ -72,11 +73,12 @@ def forecast(mask: Mask, rates: Rates, shape: Shape, call: CallHeads,
     """The prediction for a simplified, traceable mask; without data its lists count as empty. Of
     the Hopper kernel only for a call it takes (`refuse_call_of`)."""
     if rates.target == HOPPER:
-        work, cut = count_hopper(mask, shape, call, rates.processors, with_pairs=False)
-        found = predict(rates, ITEM, shape, call, work.visited, estimator=estimator)
-        if work.visited.masked and not is_intervals(work.plan):
+        works, cut = count_hopper(mask, shape, call, rates.processors, with_pairs=False)
+        visited = total_visited(works)
+        found = predict(rates, item_of(call), shape, call, visited, estimator=estimator)
+        if visited.masked and not all(is_intervals(work.plan) for work in works):
             found = replace(found, notes=(*found.notes, PAIR_BY_PAIR))
-        return Forecast(found, (work,), cut)
+        return Forecast(found, works, cut)
     tile = tile_on(mask, rates.arch, call, chosen)
     works = count_work(mask, tile, shape, call, data, with_pairs=False)
     lists = data is not None and sort_atoms(mask).listed
@@ -84,11 +86,15 @@ def forecast(mask: Mask, rates: Rates, shape: Shape, call: CallHeads,
     return Forecast(found, works)
 
 
-def refuse_call_of(mask: Mask, call: CallHeads) -> str:
-    """Why the Hopper kernel does not take a mask in a call; "" where it does."""
+def refuse_call_of(mask: Mask, call: CallHeads, by_name: bool = False) -> str:
+    """Why the Hopper kernel does not take a mask in a call; "" where it does.
+
+    by_name  whether it was asked for by name
+    """
     if not is_traceable(mask):
         return "the mask holds a function that cannot be compiled into the kernel"
-    return refuse_mask(mask) or refuse_dims(call.head_dim, call.value_dim)
+    return refuse_mask(mask, by_name) or refuse_dims(
+        call.head_dim, call.value_dim, by_name, bool(slots_of(mask)))
 
 
 def forecast_dense(rates: Rates, shape: Shape, call: CallHeads) -> Prediction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -10,21 +11,26 @@ import torch
 from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit_hopper import emit_hopper
 from maskdsl.codegen.emit_hopper_listed import emit_listed
+from maskdsl.codegen.emit_hopper_sieve import LISTS, PAD
 from maskdsl.codegen.hopper_cut import (
-    BLOCK_N,
     GRAIN,
-    TILE,
     HopperConfig,
     Schedule,
+    head_groups,
+    kinds_of,
+    make_plans,
+    parts_of,
     pick_hopper,
     pick_section,
     refuse_dims,
     schedule,
-    width_of,
+    value_parts,
 )
 from maskdsl.codegen.hopper_kernels import combine
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan
+from maskdsl.codegen.tables import head_table
+from maskdsl.codegen.tune import power_of_two
 from maskdsl.dynamic import slots_of
 from maskdsl.expr import Mask
 from maskdsl.shape import Shape
@@ -39,11 +45,12 @@ def is_hopper() -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
 
 
-def refuse_call(q: torch.Tensor, v: torch.Tensor, fits: bool) -> str:
-    """Why the Hopper kernel does not take tensors like these; "" where it does."""
+def refuse_call(mask: Mask, q: torch.Tensor, v: torch.Tensor, fits: bool,
+                by_name: bool = False) -> str:
+    """Why the Hopper kernel of a mask does not take tensors like these; "" where it does."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"{q.dtype} has no Hopper kernel"
-    refused = refuse_dims(q.shape[3], v.shape[3])
+    refused = refuse_dims(q.shape[3], v.shape[3], by_name, bool(slots_of(mask)))
     if not refused and not fits:
         return "bases or strides are no multiples of 16 bytes, or a stride is 0"
     return refused
@@ -57,33 +64,62 @@ def magic(divisor: int) -> tuple[int, int]:
     return multiplier - (1 << 32) * (multiplier >> 31), shift
 
 
-def emit_file(plan: Plan) -> str:
-    """The kernel file of a plan."""
-    return emit_listed(plan) if plan.lists.atoms else emit_hopper(plan)
-
-
 class HopperForward:
     """The Hopper kernels of one mask."""
 
-    def __init__(self, mask: Mask) -> None:
-        self.mask = mask
-        self.modules: dict[HopperConfig, tuple[Plan, Any]] = {}
+    def __init__(self, mask: Mask, by_name: bool = False) -> None:
+        """by_name: asked for by name, so that it also takes what was not measured yet."""
+        self.mask, self.by_name = mask, by_name
+        self.kinds = [one for _, one in kinds_of(mask)]
+        self.modules: dict[HopperConfig, tuple[tuple[Plan, ...], Any]] = {}
 
     def default_plan(self, head_dim: int) -> Plan:
-        """The plan for four query heads a key/value head; with call-time data for every query head
-        of its own."""
+        """The plan for four query heads a key/value head, of the costliest kind of head."""
+        return self.plans(self.default_config(head_dim))[0]
+
+    def default_config(self, head_dim: int) -> HopperConfig:
+        """The config for four query heads a key/value head; with call-time data for every query
+        head of its own."""
         if slots_of(self.mask):
             from maskdsl.codegen.hopper_lists import pick_listed
 
-            return self.kernel(pick_listed(self.mask, 4, 1, head_dim))[0]
-        return self.kernel(pick_hopper(self.mask, 4, head_dim))[0]
+            return pick_listed(self.mask, 4, 1, head_dim)
+        return pick_hopper(self.mask, 4, head_dim)
 
-    def kernel(self, config: HopperConfig) -> tuple[Plan, Any]:
-        """Plan and JIT function for one config."""
+    def plans(self, config: HopperConfig) -> tuple[Plan, ...]:
+        """A plan for every kind of head, costliest first; one where call-time data decides."""
+        if slots_of(self.mask):
+            return (make_plan(self.mask, config.span, GRAIN, config.tile),)
+        return make_plans(self.mask, config.span, config.tile)
+
+    def source(self, config: HopperConfig) -> str:
+        """The kernel file for one config."""
+        plans = self.plans(config)
+        if slots_of(self.mask):
+            return emit_listed(plans[0])
+        groups = map(len, head_groups(self.mask, config.heads_packed))
+        return emit_hopper(*plans, groups=tuple(groups))
+
+    def default_source(self, head_dim: int) -> str:
+        """The kernel file for four query heads a key/value head."""
+        return self.source(self.default_config(head_dim))
+
+    def kernel(self, config: HopperConfig) -> tuple[tuple[Plan, ...], Any]:
+        """Plans (costliest kind of head first) and JIT function for one config."""
         if config not in self.modules:
-            plan = make_plan(self.mask, config.span, GRAIN, TILE)
-            self.modules[config] = plan, load_module(emit_file(plan)).forward
+            self.modules[config] = self.plans(config), load_module(self.source(config)).forward
         return self.modules[config]
+
+    def own_table(self, plan: Plan, config: HopperConfig, shape: Shape, programs: int,
+                  device: torch.device) -> Callable[[], torch.Tensor]:
+        """Makes what the mask needs in memory, int32: the heads by kind, or (anew for each launch)
+        room for every program's lists of grains."""
+        order = sum(head_groups(self.mask, config.heads_packed), ())
+        table = head_table(order or (0,), device)
+        if plan.sieve is None:
+            return lambda: table
+        size = programs * LISTS * (-(-shape.kv_len // GRAIN) + PAD)
+        return lambda: torch.empty(size, dtype=torch.int32, device=device)
 
     def prepare(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Shape,
                 scale: float, make_out: OutputMaker, with_lse: bool,
@@ -96,34 +132,36 @@ class HopperForward:
             return prepare_listed(self, q, k, v, shape, scale, make_out, with_lse, config)
         batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
         group, device = heads // kv_heads, q.device
-        config = config or pick_hopper(self.mask, group, q.shape[3])
-        plan, forward = self.kernel(config)
+        config = config or pick_hopper(self.mask, group, q.shape[3], v.shape[3], self.by_name)
+        plans, forward = self.kernel(config)
         groups = heads // config.heads_packed
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        section = pick_section(self.mask, shape.kv_len,
+        section = pick_section(self.kinds[0], shape.kv_len,
                                k.element_size() * (k.shape[3] + v.shape[3]), groups * batch,
                                group // config.heads_packed)
-        cut = schedule(plan, config, shape, groups * batch, section, processors)
+        cut = schedule(plans[0], config, shape, groups * batch, section, processors, len(plans))
         made = describe_all(q, k, v, make_out(q)[1], config)
         grid = min(cut.items, processors)
         numbers = launch_numbers(cut, batch, groups, group, shape)
-        constants = constants_of(config, with_lse)
+        constants = constants_of(config, q.shape[3], v.shape[3], with_lse)
         rows = cut.split_count * config.span
-        sizes = (cut.splits * batch * heads * rows, v.shape[3])
+        width = constants["V_PARTS"] * made[5].block_shape[3]  # of a row of a part
+        sizes = (cut.splits * batch * heads * rows, width)
 
+        own_table = self.own_table(plans[0], config, shape, grid, device)
         nothing = torch.empty(1, dtype=torch.float32, device=device)  # of the type of real parts
 
         def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
             result, out, lse = make_out(q)
             parts = part_lse = nothing
             if cut.split_count:
-                parts = torch.empty(sizes[0] * width_of(sizes[1]), dtype=torch.float32,
+                parts = torch.empty(sizes, dtype=torch.float32,
                                     device=device)
                 part_lse = torch.empty(sizes[0], dtype=torch.float32, device=device)
             tensors = (q, k, v, k, v, out)
             forward[(grid,)](*(rebase(d, t) for d, t in zip(made, tensors, strict=True)),
                              q if lse is None else lse, parts, part_lse, queue(device),
-                             *numbers, scale, **constants)
+                             own_table(), *numbers, scale, **constants)
             if cut.split_count:
                 combine_parts(out, lse, parts, part_lse, cut, config.span, shape.q_len)
             return result
@@ -153,19 +191,23 @@ def combine_parts(out: torch.Tensor, lse: torch.Tensor | None, parts: torch.Tens
                   part_lse: torch.Tensor, cut: Schedule, span: int, q_len: int) -> None:
     """Join the results of the key ranges of cut items."""
     batch, heads, _, dim = out.shape
+    width = parts.shape[1]
     rows, first = cut.split_count * span, cut.split_first * span
     block = 16
     combine[(-(-rows // block), heads, batch)](
         parts, part_lse, out, out if lse is None else lse, out.stride(0), out.stride(1),
-        out.stride(2), heads, rows, first, q_len, cut.splits, DIM=dim, WIDTH=width_of(dim),
-        BLOCK=block, WITH_LSE=lse is not None)
+        out.stride(2), heads, rows, first, q_len, cut.splits, DIM=dim, STRIDE=width,
+        WIDTH=power_of_two(width), BLOCK=block, WITH_LSE=lse is not None)
 
 
-def constants_of(config: HopperConfig, with_lse: bool) -> dict[str, Any]:
+def constants_of(config: HopperConfig, head_dim: int, value_dim: int,
+                 with_lse: bool) -> dict[str, Any]:
     """The constexpr arguments and options of a launch."""
     return {"HEADS_PACKED": config.heads_packed, "SPAN": config.span, "NARROW": config.narrow,
-            "BLOCK_N": BLOCK_N, "GRAIN": GRAIN, "K_SLOTS": config.k_slots,
-            "V_SLOTS": config.v_slots, "WITH_LSE": with_lse, "REGISTERS": config.registers,
+            "BLOCK_N": config.block_n, "GRAIN": GRAIN, "K_SLOTS": config.k_slots,
+            "V_SLOTS": config.v_slots, "K_PARTS": parts_of(head_dim, config.padded)[0],
+            "V_PARTS": value_parts(head_dim, value_dim, config.padded)[0],
+            "Q_LETTERS": config.letters, "WITH_LSE": with_lse, "REGISTERS": config.registers,
             # sixteen warps, the last three of them idle, share 64 Ki registers before they trade
             "num_warps": 4, "maxnreg": 128}
 
@@ -173,9 +215,11 @@ def constants_of(config: HopperConfig, with_lse: bool) -> dict[str, Any]:
 def blocks_of(config: HopperConfig, head_dim: int, value_dim: int) -> list[tuple[int, ...]]:
     """The boxes that TMA copies of q, k, v, grains of k and v, and the output."""
     half = max(config.heads_packed // 2, 1)
-    item, tile, grain = (1, half, 64 // half), (1, 1, BLOCK_N), (1, 1, GRAIN)
-    d, dv = width_of(head_dim), width_of(value_dim)
-    return [(*item, d), (*tile, d), (*tile, dv), (*grain, 64), (*grain, 64), (*item, dv)]
+    item, tile, grain = (1, half, 64 // half), (1, 1, config.block_n), (1, 1, GRAIN)
+    d = parts_of(head_dim, config.padded)[1]
+    dv = value_parts(head_dim, value_dim, config.padded)[1]
+    return [(*item, d), (*tile, d), (*tile, dv), (*grain, min(d, 64)), (*grain, min(dv, 64)),
+            (*item, dv)]
 
 
 def describe_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,

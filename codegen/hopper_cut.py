@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from maskdsl.codegen.emit_hopper import fits_letter
+from maskdsl.codegen.lists import group_heads
 from maskdsl.codegen.plan import Plan
-from maskdsl.codegen.planner import LONG, make_plan, mean_row_width
+from maskdsl.codegen.planner import LONG, make_plan, make_sifted, mean_row_width
 from maskdsl.codegen.tune import DENSE_WIDTH
+from maskdsl.codegen.visits import static_steps
 from maskdsl.dynamic import slots_of
 from maskdsl.expr import Mask
 from maskdsl.heads import count_heads
 from maskdsl.shape import Shape
 
 ROWS = 128  # of an item: two warp groups of 64
-GRAIN, BLOCK_N = 32, 128  # keys of a grain (the bits of a word) and of a tile
+GRAIN, BLOCK_N = 32, 128  # keys of a grain (the bits of a word) and of a tile where it fits
 TILE = BLOCK_N // GRAIN
+MEASURED_DIM = 128  # larger head dimensions have not run on a GPU: they must be asked for by name
+LARGEST_DIM = 256
+# bytes of shared memory for queries, keys, values and output; barriers and letters take the rest
+RING_BYTES = 229376
+# (places for the queries of an item, keys of a tile, slots of keys and of values), best first
+ROOMS = ((2, 128, 3, 3), (2, 128, 3, 2), (2, 128, 2, 2), (1, 128, 2, 2), (2, 64, 4, 4),
+         (2, 64, 3, 3), (1, 64, 3, 3), (1, 64, 3, 2), (1, 64, 2, 2))
+ELEMENT = 2  # bytes: the kernel takes 16-bit inputs
 L2_BYTES = 32 << 20  # keys and values of the heads that run side by side should fit the L2 cache
 SHARE = 0.5  # an item longer than this part of one multiprocessor's work is cut along its keys
 LEAST_SHARE = 16.0  # steps; joining the parts costs a launch
@@ -31,8 +41,12 @@ class HopperConfig:
     """How the kernel is cut.
 
     heads_packed  query heads of an item; they share a key/value head and so its key tiles
-    narrow        keys of an item's first tile; every other has BLOCK_N
+    narrow        keys of an item's first tile; every other has block_n
     k_slots       tiles of keys in flight; v_slots: of values
+    block_n       keys of a tile
+    letters       items whose queries are in shared memory: 2, or 1 where they are large; then the
+                  next item's queries replace them as soon as the last scores are there
+    padded        rows of 65 to 96 elements are padded to 128; else they are kept as three times 32
     """
 
     heads_packed: int
@@ -40,6 +54,14 @@ class HopperConfig:
     k_slots: int
     v_slots: int
     registers: int = 232
+    block_n: int = BLOCK_N
+    letters: int = 2
+    padded: bool = True
+
+    @property
+    def tile(self) -> int:
+        """Grains of a tile."""
+        return self.block_n // GRAIN
 
     @property
     def span(self) -> int:
@@ -51,67 +73,180 @@ class HopperConfig:
 def refuse_mask(mask: Mask, by_name: bool = False) -> str:
     """Why the Hopper kernel does not take a mask; "" where it does.
 
-    by_name  whether the kernel was asked for by name: what has not run on a GPU yet is taken only
-             then
+    by_name  whether it was asked for by name: it then takes what was not measured yet, too
     """
-    if count_heads(mask):
-        return "the mask differs by kind of head"
     if slots_of(mask):
+        if count_heads(mask):
+            return "the mask reads data that comes with the call and differs by kind of head"
         if by_name:
             from maskdsl.codegen.hopper_lists import refuse_listed
 
             return refuse_listed(mask)
         return ("the mask reads data that comes with the call "
                 "(unmeasured; backend='hopper' takes it)")
-    if make_plan(mask, 64, 64).sieve is not None:
-        return "the mask has dead tiles inside its intervals, which only the portable kernel skips"
-    if not fits_letter(make_plan(mask, ROWS // 4, GRAIN, TILE)):
+    if count_heads(mask) and not by_name:
+        return ("the mask differs by kind of head, which the Hopper kernel was not measured for; "
+                "backend='hopper' takes it")
+    kinds = [one for _, one in kinds_of(mask)]
+    if any(map(has_dead_tiles, kinds)):
+        if not by_name:
+            return ("the mask has dead tiles inside its intervals, which the Hopper kernel was not "
+                    "measured for; backend='hopper' takes it")
+        if len(kinds) > 1:
+            return ("a kind of head has dead tiles inside its intervals, which only the portable "
+                    "kernel skips")
+    if not all(fits_letter(make_plan(one, ROWS // 4, GRAIN, TILE)) for one in kinds):
         return "the mask has too many separate intervals"
     return ""
 
 
-def refuse_dims(head_dim: int, value_dim: int) -> str:
-    """Why the Hopper kernel does not take head dimensions; "" where it does."""
-    if max(head_dim, value_dim) > 128:
-        return f"head dimension {max(head_dim, value_dim)} is beyond 128"
+def has_dead_tiles(mask: Mask) -> bool:
+    """Whether it pays to ask tile by tile which are dead: then grains are listed."""
+    return make_plan(mask, 64, 64).sieve is not None
+
+
+@lru_cache(maxsize=256)
+def kinds_of(mask: Mask) -> tuple[tuple[tuple[int, ...], Mask], ...]:
+    """(query heads, their mask) of every kind of head, costliest first; ((), mask) where all heads
+    share one."""
+    return tuple(sorted(group_heads(mask), key=lambda kind: -mean_row_width(kind[1])))
+
+
+def make_plans(mask: Mask, span: int, tile: int) -> tuple[Plan, ...]:
+    """A plan for every kind of head; span in positions, tile in grains."""
+    return tuple((make_sifted if has_dead_tiles(one) else make_plan)(one, span, GRAIN, tile)
+                 for _, one in kinds_of(mask))
+
+
+def packs(mask: Mask, count: int) -> bool:
+    """Whether `count` neighbouring heads can share an item: one mask, whatever the head."""
+    if count > 1 and any(plan.needs_head for plan in make_plans(mask, ROWS // count, TILE)):
+        return False
+    return all(set(range(head - head % count, head - head % count + count)) <= set(heads)
+               for heads, _ in kinds_of(mask) for head in heads)
+
+
+def head_groups(mask: Mask, count: int) -> tuple[tuple[int, ...], ...]:
+    """For every kind the first head of each of its groups of `count` heads; () for one kind."""
+    return tuple(heads[::count] for heads, _ in kinds_of(mask) if heads)
+
+
+def refuse_dims(head_dim: int, value_dim: int, by_name: bool = False, lists: bool = False) -> str:
+    """Why the Hopper kernel does not take head dimensions; "" where it does.
+
+    by_name  whether it was asked for by name: it then takes what was not measured yet, too
+    lists    whether the mask reads data that comes with the call: its rows are always one part
+    """
+    largest = max(head_dim, value_dim)
+    if lists and largest > MEASURED_DIM:
+        return (f"head dimension {largest} is beyond {MEASURED_DIM}, the most that masks with data "
+                "that comes with the call have there")
+    if largest > LARGEST_DIM:
+        return f"head dimension {largest} is beyond {LARGEST_DIM}"
+    if largest > MEASURED_DIM and not by_name:
+        return (f"head dimension {largest} is beyond {MEASURED_DIM}, which the Hopper kernel was "
+                "measured for; backend='hopper' takes it")
     if width_of(value_dim) > width_of(head_dim):
         return "values are wider than queries"
     return ""
 
 
-def width_of(dim: int) -> int:
-    """Elements of a row in shared memory: whole swizzle lines of 128 bytes."""
-    return 64 if dim <= 64 else 128
+def parts_of(dim: int, padded: bool = True) -> tuple[int, int]:
+    """(parts, elements of a part) of a row in shared memory: parts are tiles of their own that lie
+    side by side, since a tile must have a power of two of elements a row, in whole swizzle lines
+    of 128 or (three times 32) 64 bytes."""
+    if dim <= 64:
+        return 1, 64
+    if dim <= 96 and not padded:
+        return 3, 32
+    if dim <= 128:
+        return 1, 128
+    return (3, 64) if dim <= 192 else (2, 128)
+
+
+def value_parts(head_dim: int, value_dim: int, padded: bool = True) -> tuple[int, int]:
+    """(parts, elements of a part) of values and output. No part is wider than one of the queries,
+    whose place the output takes."""
+    parts, width = parts_of(value_dim, padded)
+    narrow = min(width, parts_of(head_dim, padded)[1])
+    return parts * width // narrow, narrow
+
+
+def width_of(dim: int, padded: bool = True) -> int:
+    """Elements of a row in shared memory."""
+    parts, width = parts_of(dim, padded)
+    return parts * width
 
 
 @lru_cache(maxsize=256)
-def pick_hopper(mask: Mask, group: int, head_dim: int) -> HopperConfig:
-    """The config for a mask, heads per key/value head and head dimension."""
-    packed = 1
-    if not make_plan(mask, ROWS, GRAIN).needs_head:
-        packed = next(n for n in (4, 2, 1) if group % n == 0)
-    slots = (3, 2) if width_of(head_dim) == 128 else (3, 3)
-    plan = make_plan(mask, ROWS // packed, GRAIN, TILE)
-    return HopperConfig(packed, pick_narrow(plan), *slots)
+def pick_room(head_dim: int, value_dim: int, padded: bool = True,
+              most_keys: int = BLOCK_N) -> tuple[int, int, int, int]:
+    """(letters, keys of a tile, slots of keys, of values): the first of ROOMS that fits, with tiles
+    of at most so many keys."""
+    d, (parts, width) = width_of(head_dim, padded), value_parts(head_dim, value_dim, padded)
+    for letters, keys, k_slots, v_slots in ROOMS:
+        output = 2 * 64 * width if letters == 1 else 0
+        elements = letters * ROWS * d + output + keys * (k_slots * d + v_slots * parts * width)
+        if keys <= most_keys and ELEMENT * elements <= RING_BYTES:
+            return letters, keys, k_slots, v_slots
+    raise AssertionError((head_dim, value_dim))
 
 
-def pick_narrow(plan: Plan) -> int:
-    """The width of the first tile that leaves the fewest empty columns in a long call."""
-    loose, _ = count_grains(plan, LONG)
+def other_rooms(head_dim: int, value_dim: int) -> list[tuple[int, int, int, int, bool]]:
+    """What else could be tried: rows padded, tiles of 64 keys (room and `padded`)."""
+    both = head_dim, value_dim or head_dim
+    pads = (False, True) if is_padded(*both) else (True,)
+    return [(*pick_room(*both, pad, keys), pad) for keys in (BLOCK_N, 64) for pad in pads]
+
+
+def is_padded(head_dim: int, value_dim: int) -> bool:
+    """Whether rows are padded to 128 elements that need not be."""
+    return any(width_of(dim) != width_of(dim, False) for dim in (head_dim, value_dim))
+
+
+def room_config(config: HopperConfig, letters: int, keys: int, k_slots: int, v_slots: int,
+                padded: bool) -> HopperConfig:
+    """A config with another room."""
+    return replace(config, narrow=min(config.narrow, keys), k_slots=k_slots, v_slots=v_slots,
+                   block_n=keys, letters=letters, padded=padded)
+
+
+@lru_cache(maxsize=256)
+def pick_hopper(mask: Mask, group: int, head_dim: int, value_dim: int = 0,
+                by_name: bool = False) -> HopperConfig:
+    """The config for a mask, heads per key/value head and head dimensions (value_dim 0: the same).
+
+    by_name  whether the kernel was asked for by name: rows of 65 to 96 elements are not padded then
+    """
+    packed = next(n for n in (4, 2, 1) if group % n == 0 and packs(mask, n))
+    value_dim = value_dim or head_dim
+    padded = not (by_name and is_padded(head_dim, value_dim))
+    letters, keys, k_slots, v_slots = pick_room(head_dim, value_dim, padded)
+    narrow = pick_narrow(make_plans(mask, ROWS // packed, keys // GRAIN), keys,
+                         tuple(len(heads) for heads, _ in kinds_of(mask)))
+    return HopperConfig(packed, narrow, k_slots, v_slots, block_n=keys, letters=letters,
+                        padded=padded)
+
+
+def pick_narrow(plans: tuple[Plan, ...], block_n: int, heads: tuple[int, ...]) -> int:
+    """The width of the first tile that leaves the fewest empty columns in a long call.
+
+    heads  how many heads have each plan; only their ratios matter
+    """
+    loose = [count_grains(plan, LONG)[0] for plan in plans]
 
     def columns(narrow: int) -> float:
-        rest = np.maximum(loose - narrow // GRAIN, 0)
-        return float((narrow + BLOCK_N * -(-rest // TILE)).mean())
+        rest = [np.maximum(one - narrow // GRAIN, 0) for one in loose]
+        return sum(max(count, 1) * float((narrow + block_n * -(-one // (block_n // GRAIN))).mean())
+                   for one, count in zip(rest, heads, strict=True))
 
-    return min((128, 64, 32), key=columns)
+    return min((n for n in (128, 64, 32) if n <= block_n), key=columns)
 
 
 def count_grains(plan: Plan, shape: Shape, batch: int = 0, head: int = 0) -> tuple[Any, Any]:
     """(loose, full) grains of every query tile, int64[query tiles]."""
     values = plan.run_bounds(shape, batch, head)
-    like = np.zeros(len(values["p_first"]), dtype=np.int64)
-    loose, full = (sum((stop - start for start, stop in plan.segments(which, values)), like)
-                   for which in (plan.masked, plan.full))
+    full, loose = static_steps(plan, shape, values)
     return loose, full
 
 
@@ -122,8 +257,8 @@ def count_tiles(plan: Plan, config: HopperConfig, shape: Shape, batch: int = 0,
     A query tile without either takes one masked tile, which then finds every pair dead.
     """
     loose, grains = count_grains(plan, shape, batch, head)
-    masked = -(-np.maximum(loose - config.narrow // GRAIN, 0) // TILE)
-    full = grains // TILE
+    masked = -(-np.maximum(loose - config.narrow // GRAIN, 0) // config.tile)
+    full = grains // config.tile
     return np.where(masked + full == 0, 1, masked), full
 
 
@@ -150,14 +285,16 @@ class Schedule:
 
 
 def schedule(plan: Plan, config: HopperConfig, shape: Shape, groups: int, section: int,
-             processors: int) -> Schedule:
+             processors: int, kinds: int = 1) -> Schedule:
     """Cut the few long items (LastQ rows see the whole prompt), so that none is the tail.
 
     groups  groups of heads, all batch entries together
+    kinds   of heads; where there are several, no item is cut: the costliest kind starts first; nor
+            is one of a mask with dead tiles, whose grains are counted on the GPU only
     """
     q_tiles = -(-shape.q_len // config.span)
     whole = Schedule(q_tiles * groups, q_tiles, section, 0, 0, 1)
-    if plan.needs_head:
+    if plan.needs_head or kinds > 1 or plan.sieve is not None:
         return whole
     steps = count_steps(plan, config, shape) + 1
     share = max(float(steps.sum()) * groups / processors * SHARE, LEAST_SHARE)

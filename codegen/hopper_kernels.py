@@ -10,11 +10,11 @@ import triton.language as tl
 
 @triton.jit
 def combine(part_ptr, part_lse_ptr, out_ptr, lse_ptr, stride_b, stride_h, stride_l, heads, rows,
-            first_row, q_len, splits, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-            WITH_LSE: tl.constexpr):
+            first_row, q_len, splits, DIM: tl.constexpr, STRIDE: tl.constexpr, WIDTH: tl.constexpr,
+            BLOCK: tl.constexpr, WITH_LSE: tl.constexpr):
     """out = sum_j w_j part_j / sum_j w_j with w_j = exp(lse_j), for BLOCK rows of one head.
 
-    parts are float32 [splits, B, H, rows, WIDTH], their lse [splits, B, H, rows] in natural
+    parts are float32 [splits, B, H, rows, STRIDE], their lse [splits, B, H, rows] in natural
     logarithms; row 0 of the parts is row first_row of the output.
     """
     head, batch = tl.program_id(1), tl.program_id(2)
@@ -35,8 +35,8 @@ def combine(part_ptr, part_lse_ptr, out_ptr, lse_ptr, stride_b, stride_h, stride
         weight = tl.exp(lse - shift)
         total += weight
         acc += weight[:, None] * tl.load(
-            part_ptr + (j * step + place).to(tl.int64)[:, None] * WIDTH + column[None, :],
-            mask=inside[:, None], other=0.0)
+            part_ptr + (j * step + place).to(tl.int64)[:, None] * STRIDE + column[None, :],
+            mask=inside[:, None] & (column[None, :] < DIM), other=0.0)
     dead = total == 0.0
     acc = acc / tl.where(dead, 1.0, total)[:, None]
     base = out_ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h

@@ -75,7 +75,7 @@ class Pack:
 
     def __init__(self, calls: ListedCalls, config: HopperConfig, views: list[torch.Tensor],
                  out: torch.Tensor) -> None:
-        self.plan, self.kernel = calls.forward.kernel(config)
+        (self.plan,), self.kernel = calls.forward.kernel(config)
         self.small = ListedKernels(self.plan)
         groups = calls.heads // config.heads_packed
         group = calls.heads // calls.kv_heads
@@ -83,8 +83,8 @@ class Pack:
                               group // config.heads_packed)
         self.grid = min(cut.items, calls.processors)
         self.numbers = launch_numbers(cut, calls.batch, groups, group, calls.shape)
-        self.constants = constants_of(config, calls.with_lse)
         q, k, v = views
+        self.constants = constants_of(config, q.shape[3], v.shape[3], calls.with_lse)
         self.made = describe_all(q, k, v, out, config)
 
 
@@ -97,6 +97,7 @@ def prepare_listed(forward: HopperForward, q: torch.Tensor, k: torch.Tensor, v: 
     device = q.device
     calls = ListedCalls(forward, q, k, v, shape, with_lse, config)
     nothing = torch.empty(1, dtype=torch.float32, device=device)
+    own_table = torch.empty(1, dtype=torch.int32, device=device)  # lists read tables of theirs
 
     def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, data: dict[str, Any]) -> Any:
         result, out, lse = make_out(q)
@@ -107,8 +108,8 @@ def prepare_listed(forward: HopperForward, q: torch.Tensor, k: torch.Tensor, v: 
         made = [rebase(d, t) for d, t in zip(pack.made, (q, k, v, k, v, out), strict=True)]
         pack.kernel[(pack.grid,)](
             *made[:5], *map(calls.describe_columns, copies), made[5], q if lse is None else lse,
-            nothing, nothing, queue(device), *pack.numbers, *pack.small.arguments(tables), scale,
-            **pack.constants)
+            nothing, nothing, queue(device), own_table, *pack.numbers,
+            *pack.small.arguments(tables), scale, **pack.constants)
         return result
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, data: dict[str, Any]) -> Any:

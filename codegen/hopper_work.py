@@ -12,19 +12,19 @@ import numpy as np
 
 from maskdsl.codegen.emit_hopper import INTERVAL
 from maskdsl.codegen.hopper_cut import (
-    BLOCK_N,
-    GRAIN,
+    ELEMENT,
     ROWS,
-    TILE,
     HopperConfig,
     Schedule,
     count_tiles,
+    kinds_of,
+    make_plans,
     pick_hopper,
+    pick_room,
     pick_section,
     schedule,
 )
 from maskdsl.codegen.plan import Plan
-from maskdsl.codegen.planner import make_plan
 from maskdsl.codegen.row_classes import classify_rows
 from maskdsl.codegen.visits import Visited
 from maskdsl.codegen.workload import CallHeads, KindWork, count_entries, live_pairs
@@ -32,8 +32,10 @@ from maskdsl.expr import Mask
 from maskdsl.shape import Shape
 from maskdsl.tiles import Ints
 
-ITEM = (ROWS, BLOCK_N)  # rows of an item, which are heads x positions, and keys of a tile
-ELEMENT = 2  # bytes: the kernel takes 16-bit inputs
+
+def item_of(call: CallHeads) -> tuple[int, int]:
+    """(rows of an item, which are heads x positions, keys of a tile)."""
+    return ROWS, pick_room(call.head_dim, call.value_dim)[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,36 +65,50 @@ class HopperCut:
 
 
 def count_hopper(mask: Mask, shape: Shape, call: CallHeads, processors: int,
-                 with_pairs: bool = True) -> tuple[KindWork, HopperCut]:
-    """The work of a call whose (simplified) mask the kernel takes (`refuse_mask`).
+                 with_pairs: bool = True) -> tuple[tuple[KindWork, ...], HopperCut]:
+    """The work of every kind of head, costliest first, in a call whose (simplified) mask the kernel
+    takes (`refuse_mask`).
 
     with_pairs  whether live pairs and classes of rows are wanted too
     """
     group = call.heads // call.kv_heads
-    config = pick_hopper(mask, group, call.head_dim)
-    plan = make_plan(mask, config.span, GRAIN, TILE)
+    config = pick_hopper(mask, group, call.head_dim, call.value_dim)
+    kinds = kinds_of(mask)
+    plans = make_plans(mask, config.span, config.tile)
     groups = call.batch * call.heads // config.heads_packed
-    section = pick_section(mask, shape.kv_len, ELEMENT * (call.head_dim + call.value_dim), groups,
+    section = pick_section(kinds[0][1], shape.kv_len,
+                           ELEMENT * (call.head_dim + call.value_dim), groups,
                            group // config.heads_packed)
-    cut = schedule(plan, config, shape, groups, section, processors) if shape.q_len else \
-        Schedule(0, 0, section, 0, 0, 1)
+    cut = schedule(plans[0], config, shape, groups, section, processors, len(kinds)) \
+        if shape.q_len else Schedule(0, 0, section, 0, 0, 1)
+    found = HopperCut(config, cut, processors)
+    return tuple(count_kind(one, plan, heads, shape, call, found, with_pairs)
+                 for (heads, one), plan in zip(kinds, plans, strict=True)), found
+
+
+def count_kind(mask: Mask, plan: Plan, heads: tuple[int, ...], shape: Shape, call: CallHeads,
+               found: HopperCut, with_pairs: bool) -> KindWork:
+    """The work of the heads `heads` (() for all), which share a mask."""
+    config, cut = found.config, found.schedule
+    mine = heads or tuple(range(call.heads))
     visited, live = Visited(), 0 if with_pairs else None
-    for (batch, head), heads in who_differs(mask, plan, call).items():
+    for (batch, head), times in who_differs(mask, plan, mine, call).items():
         masked, full = count_tiles(plan, config, shape, batch, head)
-        visited = visited.plus(visit(masked, full, config, cut), heads // config.heads_packed)
+        visited = visited.plus(visit(masked, full, config, cut), times // config.heads_packed)
         more = live_pairs(mask, shape, None, batch, head) if live is not None else None
-        live = None if live is None or more is None else live + heads * more
+        live = None if live is None or more is None else live + times * more
     masked, full = count_tiles(plan, config, shape)
     rows = classify_rows(plan, shape, (full, masked)) if with_pairs else ()
-    return KindWork(mask, call.heads, live, visited, plan, rows), HopperCut(config, cut, processors)
+    return KindWork(mask, len(mine), live, visited, plan, rows)
 
 
-def who_differs(mask: Mask, plan: Plan, call: CallHeads) -> dict[tuple[int, int], int]:
+def who_differs(mask: Mask, plan: Plan, heads: tuple[int, ...],
+                call: CallHeads) -> dict[tuple[int, int], int]:
     """(batch, head) of one of each set of heads with equal work, and how many it stands for: all,
     but where the mask asks for the head; then an item holds one head."""
     if not plan.needs_head:
-        return {(0, 0): call.batch * call.heads}
-    return count_entries(mask, tuple(range(call.heads)), call, None)
+        return {(0, heads[0]): call.batch * len(heads)}
+    return count_entries(mask, heads, call, None)
 
 
 def is_intervals(plan: Plan) -> bool:

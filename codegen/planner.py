@@ -53,6 +53,14 @@ def make_plan(mask: Mask, block_m: int, block_n: int, multiple: int = 1) -> Plan
     return plan
 
 
+@lru_cache(maxsize=64)
+def make_sifted(mask: Mask, block_m: int, block_n: int, multiple: int) -> Plan:
+    """`make_plan` with the dead-tile test of its masked tiles, whether it pays or not."""
+    plan = make_plan(mask, block_m, block_n, multiple)
+    ranges = bound_pieces(plan.pieces, block_n, multiple=multiple).ranges
+    return replace(plan, sieve=write_sieve(plan.pieces, ranges))
+
+
 def choose_sieve(plan: Plan, sieve: Sieve | None) -> Plan:
     """Keep the dead-tile test where it skips enough of a sample call to pay for itself."""
     if sieve is None:

@@ -57,11 +57,12 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     causal   True (default) intersects with `Causal()`, since these are decoder prefill patterns;
              False takes the mask as it stands (two-sided windows, `PrefixLM`, cross attention)
     backend  "hopper" (H100, H200: the fastest kernel; static masks, float16 and bfloat16, head
-             dimensions up to 128; call-time data by name only, not yet run on a GPU), "triton"
-             (any GPU), "torch" (any device, differentiable). Default: the first of them that this
-             machine and the mask allow; what "hopper" then cannot take (`.refusal(q, k, v)` says
-             what and why), "triton" computes. A backend asked for by name runs or raises. What was
-             chosen is told by `.backend`.
+             dimensions up to 128; asked for by name also up to 256, `PerHead`, periodic masks and
+             call-time data, which were not measured there yet), "triton" (any GPU), "torch" (any
+             device, differentiable).
+             Default: the first of them that this machine and the mask allow; what "hopper" then
+             cannot take (`.refusal(q, k, v)` says what and why), "triton" computes. A backend
+             asked for by name runs or raises. What was chosen is told by `.backend`.
     layout   "bhld" for [B, H, L, D] tensors, "blhd" for [B, L, H, D]
     scale    softmax scale; default D ** -0.5
     tile     (queries, keys) per tile of the Triton kernel; default: tuned, see `.explain()`
@@ -343,11 +344,10 @@ class Attention:
 
         if self.backend == "torch":
             return emit_source(self.plan)
-        if self.backend == "hopper":
-            from maskdsl.codegen.hopper import emit_file
-
-            return emit_file(self.plan)
         forward: Any = self._forward
+        if self.backend == "hopper":
+            source: str = forward.hopper.default_source(HEAD_DIM)
+            return source
         heads = tuple(len(heads) for heads, _ in forward.kinds if heads)
         return emit_kernels(forward.default_plans(HEAD_DIM), heads)
 

@@ -88,7 +88,7 @@ def explain(compiled: Compiled, shape: Shape, sizes: Sizes, chip: str | None,
     """Count and predict one call of a compiled mask."""
     from maskdsl.codegen.explain import Request, explain_call
     from maskdsl.codegen.forecast import HOPPER, tile_on
-    from maskdsl.codegen.hopper_work import ITEM
+    from maskdsl.codegen.hopper_work import item_of
     from maskdsl.codegen.torch_backend import BLOCK_M, BLOCK_N, plannable
 
     check_limit(compiled.limit, shape, compiled.mask)
@@ -111,7 +111,7 @@ def explain(compiled: Compiled, shape: Shape, sizes: Sizes, chip: str | None,
     if kernel == "torch":
         tile, widen = (BLOCK_M, BLOCK_N), plannable
     elif kernel == HOPPER:
-        tile = ITEM
+        tile = item_of(call)
     else:
         arch = present_arch() if chip is None or rates is None else rates.arch
         tile = tile_on(compiled.mask, arch, call, compiled.tile)
@@ -130,7 +130,7 @@ def pick_kernel(compiled: Compiled, mask: Mask, rates: Rates, call: CallHeads) -
     found = RATES.get((rates.arch, HOPPER))
     if found is None or (compiled.asked and compiled.backend == PORTABLE):
         return rates, ""
-    refused = refuse_call_of(mask, call)
+    refused = refuse_call_of(mask, call, compiled.asked and compiled.backend == HOPPER)
     if compiled.tile is not None:
         refused = "a tile was chosen, which only the portable kernel takes"
     if compiled.scores:

@@ -198,16 +198,17 @@ def count_spills(chip: str, text: str, serial: bool = False) -> int:
 
 
 def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, group: int,
-                   *, causal: bool = True) -> tuple[Compiled, list[list[str]]]:
+                   *, causal: bool = True,
+                   by_name: bool = True) -> tuple[Compiled, list[list[str]]]:
     """Compile the Hopper kernel of a mask for `group` query heads a key/value head; also the
     machine instructions of its loops (`loops_of`)."""
     from maskdsl.codegen.hopper import HopperForward, constants_of, pick_hopper
 
     whole = simplify(Causal() & mask if causal else mask)
-    config = pick_hopper(whole, group, head_dim)
+    config = pick_hopper(whole, group, head_dim, value_dim, by_name)
     _, forward = HopperForward(whole).kernel(config)
     return compile_gluon(forward, dtype, hopper_boxes(config, head_dim, value_dim),
-                         constants_of(config, with_lse=True))
+                         constants_of(config, head_dim, value_dim, with_lse=True))
 
 
 def compile_listed(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, packed: int,
@@ -219,10 +220,10 @@ def compile_listed(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int
 
     whole = simplify(Causal() & mask if causal else mask)
     config = pick_listed(whole, packed, packed, head_dim)
-    plan, forward = HopperForward(whole).kernel(config)
+    (plan,), forward = HopperForward(whole).kernel(config)
     pointers = {p.name for p in kernel_parameters(plan) if p.is_pointer}
     return compile_gluon(forward, dtype, hopper_boxes(config, head_dim, value_dim),
-                         constants_of(config, with_lse=True), pointers)
+                         constants_of(config, head_dim, value_dim, with_lse=True), pointers)
 
 
 def hopper_boxes(config: Any, head_dim: int, value_dim: int) -> dict[str, tuple[int, ...]]:
@@ -266,7 +267,7 @@ def compile_gluon(forward: Any, dtype: torch.dtype, blocks: dict[str, tuple[int,
             signature[arg] = f"tensordesc<{NAMES[dtype]}{list(blocks[arg])},{layout!r}>"
         elif arg in constants:
             signature[arg], places[(i,)] = "constexpr", constants[arg]
-        elif arg.endswith("_ptr") or arg == "queue" or arg in pointers:
+        elif arg.endswith("_ptr") or arg in {"queue", "own_table"} or arg in pointers:
             signature[arg] = "*fp32" if arg.endswith("_ptr") else "*i32"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:

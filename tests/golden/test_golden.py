@@ -24,7 +24,7 @@ from maskdsl import (
 )
 from maskdsl.codegen.emit import emit_source
 from maskdsl.codegen.emit_hopper import emit_hopper
-from maskdsl.codegen.hopper import GRAIN, TILE
+from maskdsl.codegen.hopper_cut import GRAIN, TILE
 from maskdsl.codegen.planner import make_plan
 from maskdsl.patterns import longformer
 

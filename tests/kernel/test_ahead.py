@@ -93,16 +93,21 @@ print(json.dumps(rows))
 HOPPER = """
 import json, sys, torch
 from ahead import SHARED_LIMIT, compile_hopper
-from maskdsl import Full, LastQ, Sink, Where, Window
+from maskdsl import Full, LastQ, PerHead, Sink, Where, Window
+from maskdsl.codegen.hopper_cut import pick_room
 triangle = Sink(8) | Window(512) | LastQ(128)
 bf16, fp16, rows = torch.bfloat16, torch.float16, []
 for mask, dtype, dim, value_dim, group in [
     (triangle, bf16, 128, 128, 4), (Full(), fp16, 128, 128, 1), (triangle, bf16, 64, 64, 6),
     (Where(lambda b, h, q, k: q - k < 40 * (h + 1)), bf16, 96, 64, 4),
+    (triangle, fp16, 96, 96, 2), (triangle, bf16, 192, 128, 4), (triangle, bf16, 256, 256, 4),
+    (Full(), fp16, 256, 256, 1), (PerHead([Full()] * 4 + [triangle] * 4), bf16, 128, 128, 4),
 ]:
     c, loops = compile_hopper(mask, dtype, dim, value_dim, group)
     rows.append({"what": f"{mask!r} {dtype} {dim}/{value_dim} {group}", "shared": c.shared,
-                 "spills": c.spills, "limit": SHARED_LIMIT["sm_90"], "loops": loops})
+                 "spills": c.spills, "limit": SHARED_LIMIT["sm_90"], "loops": loops,
+                 "keys": pick_room(dim, value_dim)[1],
+                 "more": dim > 128 or isinstance(mask, PerHead)})
 print(json.dumps(rows))
 """
 
@@ -229,28 +234,34 @@ def test_shared_memory_is_bounded(chip: str) -> None:
     assert sum(row["shared"] for row in rows) >= 0.5 * sum(row["bound"] for row in rows)
 
 
-def short(opcodes: list[str]) -> str:
+def short(opcodes: list[str], keys: int = 128) -> str:
     """A loop's skeleton: products, waits for them, and exponentials, runs as one letter.
 
-    Q: products, W: a wait for products, E: many exponentials, e: a few
+    Q: products, W: a wait for products, E: most exponentials of a tile of `keys`, e: a few
     """
     letters = {"HGMMA": "Q", "WARPGROUP.DEPBAR": "W", "MUFU.EX2": "x"}
     text = "".join(letter for op in opcodes for start, letter in letters.items()
                    if op.startswith(start))
     text = re.sub(r"Q+", "Q", text)
-    return re.sub(r"x+", lambda run: "E" if len(run[0]) > 40 else "e", text)
+    return re.sub(r"x+", lambda run: "E" if len(run[0]) > keys * 5 // 16 else "e", text)
 
 
 @pytest.mark.slow
 def test_hopper_kernels_overlap_products_and_softmax() -> None:
-    """The loading and planning warps have 24 registers, and spill a few words there. ptxas likes to
-    move the wait for P V above the exponentials, which would cost a third of the speed: between
-    the wait for Q K and that for P V all 64 must stand. No product may be serialised (count_spills
-    fails on ptxas' warning)."""
+    """The loading and planning warps have 24 registers, and spill a few words there; beyond D = 128
+    the computing ones do so once an item, but not in the loop over tiles. ptxas likes to move the
+    wait for P V above the exponentials, which would cost a third of the speed: between the wait for
+    Q K and that for P V all of them must stand. No product may be serialised (count_spills fails on
+    ptxas' warning)."""
     for row in run_program(HOPPER, "sm_90"):
-        assert row["spills"] <= 128 and row["shared"] <= row["limit"], (row["what"], row["spills"])
-        found = [short(loop) for loop in row["loops"]]
-        assert any(re.fullmatch(r"[eE]*QWe?Ee?W", loop) for loop in found), (row["what"], found)
+        limit = 400 if row["more"] else 128
+        assert row["spills"] <= limit, (row["what"], row["spills"])
+        assert row["shared"] <= row["limit"], row["what"]
+        found = [short(loop, row["keys"]) for loop in row["loops"]]
+        good = [loop for loop, text in zip(row["loops"], found, strict=True)
+                if re.fullmatch(r"[eE]*QWe?Ee?W", text)]
+        assert good, (row["what"], found)
+        assert not any(op.startswith(("LDL", "STL")) for op in min(good, key=len)), row["what"]
 
 
 @pytest.mark.slow

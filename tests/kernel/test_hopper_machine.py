@@ -21,20 +21,20 @@ from maskdsl import (
     Full,
     LastQ,
     Mask,
+    PerHead,
+    RandomBlocks,
     Shape,
     Sink,
+    Stride,
     Where,
     Window,
     dense,
     simplify,
 )
 from maskdsl.codegen import hopper, hopper_backward
-from maskdsl.codegen.emit_hopper import emit_hopper
 from maskdsl.codegen.hopper import HopperForward
-from maskdsl.codegen.hopper_cut import GRAIN, TILE, HopperConfig, refuse_mask
+from maskdsl.codegen.hopper_cut import refuse_dims, refuse_mask
 from maskdsl.codegen.kernel import LOG2_E, output_maker
-from maskdsl.codegen.plan import Plan
-from maskdsl.codegen.planner import make_plan
 from maskdsl.dense import dense_attention
 
 TRIANGLE = Sink(8) | Window(70) | LastQ(40)
@@ -56,11 +56,8 @@ def on_machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Launches run on the emulator, on two multiprocessors; returns where the seed is set."""
     state = SimpleNamespace(seed=0)
 
-    def forward(self: HopperForward, config: HopperConfig) -> tuple[Plan, Any]:
-        plan = make_plan(self.mask, config.span, GRAIN, TILE)
-        return plan, load(emit_hopper(plan), "forward", state.seed)
-
-    monkeypatch.setattr(HopperForward, "kernel", forward)
+    monkeypatch.setattr(hopper, "load_module", lambda source: SimpleNamespace(
+        forward=load(source, "forward", state.seed)))
     monkeypatch.setattr(hopper_backward, "kernel_of",
                         lambda side: load(side.source, "gradients", state.seed))
     for module in (hopper, hopper_backward):
@@ -86,9 +83,10 @@ def check_forward(mask: Mask, shape: Shape, sizes: tuple[int, int, int] = (1, 4,
                   dtype: torch.dtype = torch.float16, value_dim: int = 0) -> None:
     """Output to the rounding of its dtype, lse to that of float32; dead rows 0 and -inf."""
     whole, value_dim = simplify(mask), value_dim or dim
+    assert not refuse_mask(whole, by_name=True) and not refuse_dims(dim, value_dim, by_name=True)
     q, k, v, _ = draw(sizes, shape, dim, dtype, value_dim)
-    call = HopperForward(whole).prepare(q, k, v, shape, dim**-0.5 * LOG2_E,
-                                        output_maker(q, value_dim, "bhld", True), True)
+    call = HopperForward(whole, by_name=True).prepare(
+        q, k, v, shape, dim**-0.5 * LOG2_E, output_maker(q, value_dim, "bhld", True), True)
     out, lse = call(q, k, v, {})
     live = dense(whole, shape, sizes[0], sizes[1], "cpu", {})
     exact, exact_lse = dense_attention(q.double(), k.double(), v.double(), live)
@@ -142,12 +140,25 @@ def test_forward_of_other_sizes(on_machine: Any) -> None:
     check_forward(Causal() & (Sink(8) | Window(64) | LastQ(32)), Shape(2000, 2000), (1, 1, 1))
 
 
+@pytest.mark.parametrize(("mask", "dims"), [
+    (Causal() & TRIANGLE, (256, 256)), (Causal() & TRIANGLE, (192, 128)),
+    (Causal() & TRIANGLE, (96, 96)), (Causal() & Window(100), (192, 192)),
+    (Causal() & PerHead([Window(200)] * 2 + [TRIANGLE] * 2), (128, 128)),
+    (Causal() & PerHead([Sink(8), Window(30), TRIANGLE, Empty()]), (256, 256)),
+    (Causal() & Stride(64), (64, 64)), (RandomBlocks(64, 2) | Window(20), (128, 128)),
+    (Causal() & Where(lambda b, h, q, k: (k % 100 < 9) & (q >= 40 * h)), (256, 256))], ids=repr)
+def test_forward_by_name(on_machine: Any, mask: Mask, dims: tuple[int, int]) -> None:
+    """Large heads, kinds of heads, masks with dead tiles inside their intervals."""
+    on_machine.seed = sum(dims)
+    check_forward(mask, Shape(330, 460), (1, 4, 1), dims[0], value_dim=dims[1])
+
+
 @settings(max_examples=8, suppress_health_check=list(HealthCheck))
 @given(masks(), shapes(max_len=300), st.integers(0, 99))
 def test_forward_of_random_masks(on_machine: Any, mask: Mask, shape: Shape, seed: int) -> None:
     on_machine.seed = seed
     limit = min((x for m in mask.walk() if (x := m.limit()) is not None), default=1 << 60)
-    if not refuse_mask(simplify(mask)) and shape.q_len and shape.kv_len and \
+    if not refuse_mask(simplify(mask), by_name=True) and shape.q_len and shape.kv_len and \
             max(shape.q_offset + shape.q_len, shape.kv_len) <= limit:
         check_forward(mask, shape)
 
@@ -188,15 +199,15 @@ def test_backward_of_random_masks(on_machine: Any, mask: Mask, shape: Shape, see
         check_backward(mask, shape, dim=128 if adds else 64, adds=adds)
 
 
-PRODUCT = "acc = warpgroup_mma(weights16, tile_of(v_s, v_slot, BLOCK_N), acc, is_async=True)"
+PRODUCT = "acc = products(weights16, v_s, v_slot, acc, BLOCK_N, True, V_PARTS)"
 HAND_BACK = "mbarrier.arrive(v_empty.index(v_slot), count=1)"
 
 
 @pytest.mark.parametrize("change", [  # of lines of the loop over tiles, and of the output's store
     {"mbarrier.wait(v_full.index(v_slot), v_phase)": "pass"},  # values not there yet
     {"mbarrier.arrive(k_empty.index(k_slot), count=1)": "pass"},  # never handed back
-    {"s = warpgroup_mma_wait(1, deps=[s])": "pass"},  # scores not there yet
-    {"fence_async_shared()": "pass"},  # the copy engine may not see what threads stored
+    {"s = warpgroup_mma_wait(V_PARTS, deps=[s])": "pass"},  # scores not there yet
+    {"    fence_async_shared()": "    pass"},  # the copy engine may not see what threads stored
     # a slot handed back before the product that reads it is done
     {HAND_BACK: "pass", PRODUCT: f"{PRODUCT}; {HAND_BACK}"}], ids=str)
 def test_faults_show(on_machine: Any, change: dict[str, str]) -> None:

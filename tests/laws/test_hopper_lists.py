@@ -149,9 +149,9 @@ class ListedWalk:
         times = np.zeros((BATCH, HEADS, s.q_len, s.kv_len), dtype=np.int64)
         for item in range(cut.items):
             opened = self.names["open_item"](
-                item, cut.q_tiles, groups * BATCH, groups, cut.section, 0, 0, 1,
+                item, item, cut.q_tiles, groups * BATCH, groups, cut.section, 0, 0, 1,
                 cut.q_tiles * cut.section, 0, cut.section, 0, groups, 0, *self.lengths,
-                c.heads_packed, c.span, c.narrow, BLOCK_N, GRAIN)
+                None, c.heads_packed, c.span, c.narrow, BLOCK_N, GRAIN)
             self.visit(times, *opened)
         return times
 

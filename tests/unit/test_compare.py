@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import compare, peers
-from benchmarks.cases import DEFAULT_CASES, Case, Pattern, choose_cases, parse_pattern
+from benchmarks.cases import DEFAULT_CASES, Case, Pattern, choose_cases, parse_dim, parse_pattern
 from benchmarks.peer_fa4 import block_lists
 from benchmarks.peer_flex import mask_mod
 from benchmarks.peer_fsa import stand_in
@@ -74,9 +74,12 @@ def test_choosing_cases():
     assert choose_cases([], [], [], []) == list(DEFAULT_CASES)
     assert {c.length for c in choose_cases(["dense"], [], [], [])} == {32768}
     assert [c.length for c in choose_cases(["window-7"], [], [], [])] == [32768, 131072]
-    made = choose_cases(["dense", "window-7"], [1024], [(4, 1)], [64, 256])
-    assert [(c.pattern.key, c.dim) for c in made] == [
-        ("dense", 64), ("dense", 256), ("window-7", 64), ("window-7", 256)]
+    made = choose_cases(["dense", "window-7"], [1024], [(4, 1)],
+                        [parse_dim("64"), parse_dim("192:128")])
+    assert [(c.pattern.key, c.columns()["dim"]) for c in made] == [
+        ("dense", 64), ("dense", "192/128"), ("window-7", 64), ("window-7", "192/128")]
+    assert made[1].sizes == (1024, 4, 1, 192, 128) and made[0].sizes == (1024, 4, 1, 64)
+    assert made[1].flops() == 2 * (192 + 128) * 4 * 1024 * 1025 / 2
     options = compare.parse(["--quick", "--lengths", "128K,512K", "--heads", "4:1"])
     assert {(c.length, c.heads, c.kv_heads) for c in compare.cases_of(options)} == {(131072, 4, 1)}
     with pytest.raises(SystemExit):

@@ -93,7 +93,7 @@ def explained(mask: Mask, length: int = 131072, **options: Any) -> Any:
 
 def test_a_chip_that_is_named_has_its_kernel_explained() -> None:
     told = explained(NARROW)
-    work, cut = count_hopper(simplify(Causal() & NARROW), Shape(131072, 131072), CALL, 132)
+    (work,), cut = count_hopper(simplify(Causal() & NARROW), Shape(131072, 131072), CALL, 132)
     assert told.kernel == HOPPER and told.backend == "torch" and not told.refused
     assert told.cut == cut and told.visited == work.visited and told.tile == (128, 128)
     assert told.live_pairs == explained(NARROW, chip=None).live_pairs
@@ -232,9 +232,9 @@ def test_what_was_not_measured_is_told() -> None:
 def test_long_rows_bound_a_call_less_when_they_are_cut() -> None:
     """Rows of LastQ see 128K keys; one head alone would wait for them."""
     shape, one = Shape(131072, 131072), CallHeads(1, 4, 1, 128, 128)
-    work, cut = count_hopper(simplify(Causal() & NARROW), shape, one, 132)
+    (work,), cut = count_hopper(simplify(Causal() & NARROW), shape, one, 132)
     assert cut.schedule.splits == 12 and work.visited.longest == -(-1024 // 12)
-    again, uncut = count_hopper(simplify(Causal() & NARROW), shape, one, 1)
+    (again,), uncut = count_hopper(simplify(Causal() & NARROW), shape, one, 1)
     assert uncut.schedule.splits == 1 and again.visited.longest == 1024
     assert (work.visited.full, work.visited.masked) == (again.visited.full, again.visited.masked)
 
