@@ -122,7 +122,6 @@ def _check_lengths(block_mask: Any, q_len: int, kv_len: int) -> None:
 # --- inside a graph -------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _key_in_graph(mask_at: int, backend: str | None, *scores_at: int) -> str:
     """The key of the attention, told while a graph is traced, from the addresses of its arguments.
 
@@ -145,6 +144,10 @@ def _key_in_graph(mask_at: int, backend: str | None, *scores_at: int) -> str:
         raise made_inside from error
     _in_graphs.append((mask, scores, attention))
     return attention._key
+
+
+# as torch.compiler.assume_constant_result does, which imports all of dynamo (and Triton) for it
+_key_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _object_at(address: int) -> Any:
