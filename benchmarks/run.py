@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--commit", default="", help="default: the checked-out commit")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin nothing new of cost, "
-                        "compiled, ttft and backward* after so many minutes each (default: no "
-                        "limit)")
+                        "compiled, ttft, backward* and hopper_configs after so many minutes each "
+                        "(default: no limit)")
     arguments, rest = parser.parse_known_args()
     if rest and arguments.questions != ["compare"]:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from maskdsl.codegen.emit_backward import cuts_queries
+from maskdsl.codegen.long_items import cut_long
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.row_bounds import KeyPlan
 from maskdsl.dynamic import Document, Prefix, slots_of
@@ -23,7 +24,6 @@ from maskdsl.shape import Shape
 SHARE = 0.125
 LEAST_STEPS = 32.0  # fewer steps are not worth a part's way through memory
 HEAVY = 1.5  # an item is cut only if it is that much longer than the median one
-MAX_PARTS = 64
 PART_BYTES = 64 << 20  # most that float32 parts may take
 
 
@@ -69,12 +69,8 @@ def cut_tiles(steps: Any, groups: int, processors: int, tile_bytes: int) -> Cut:
         return Cut()
     share = max(float(steps.sum()) * groups / processors * SHARE, LEAST_STEPS,
                 HEAVY * float(np.median(steps)))
-    heavy = np.flatnonzero(steps > share)
-    if not heavy.size or heavy[-1] - heavy[0] + 1 != heavy.size or heavy.size > steps.size // 2:
-        return Cut()
-    parts = min(-(-int(steps[heavy].max()) // int(share)), MAX_PARTS,
-                PART_BYTES // (int(heavy.size) * groups * tile_bytes))
-    return Cut(int(heavy[0]), int(heavy.size), parts) if parts > 1 else Cut()
+    return Cut(*cut_long(steps, share, lambda long: PART_BYTES // (len(long) * groups
+                                                                   * tile_bytes)))
 
 
 def find_cuts(plans: tuple[Plan, ...], by_key: tuple[KeyPlan, ...], kinds: tuple[int, ...],

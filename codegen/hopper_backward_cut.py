@@ -18,12 +18,12 @@ from maskdsl.codegen.emit_hopper_backward import (
 from maskdsl.codegen.hopper_cut import (
     GRAIN,
     LEAST_SHARE,
-    MAX_SPLITS,
     ROWS,
     SHARE,
     Schedule,
     pick_section,
 )
+from maskdsl.codegen.long_items import cut_long
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import SAMPLE, make_plan
 from maskdsl.codegen.row_bounds import KeyPlan, make_key_plan
@@ -197,15 +197,10 @@ def cut_call(side: Side, shape: Shape, groups: int, section: int, processors: in
         return whole
     share = max(float(steps.sum()) * groups / processors * SHARE, LEAST_SHARE,
                 HEAVY * float(np.median(steps)))
-    heavy = np.flatnonzero(steps > share)
-    if not heavy.size or heavy[-1] - heavy[0] + 1 != heavy.size or heavy.size > tiles // 2:
-        return whole
-    splits = min(-(-int(steps[heavy].max()) // int(share)), MAX_SPLITS, int(steps[heavy].min()),
-                 PART_BYTES // max(1, int(heavy.size) * groups * ROWS * row_bytes))
-    if splits < 2:
-        return whole
-    items = (tiles - heavy.size) * groups + int(heavy.size) * groups * splits
-    return Schedule(items, tiles, section, int(heavy[0]), int(heavy.size), splits)
+    first, count, splits = cut_long(steps, share, lambda long: min(
+        int(long.min()), PART_BYTES // max(1, len(long) * groups * ROWS * row_bytes)))
+    items = (tiles + count * (splits - 1)) * groups
+    return Schedule(items, tiles, section, first, count, splits)
 
 
 def section_of(side: Side, shape: Shape, dim: int, groups: int) -> int:

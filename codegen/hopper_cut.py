@@ -10,6 +10,7 @@ import numpy as np
 
 from maskdsl.codegen.emit_hopper import fits_letter
 from maskdsl.codegen.lists import group_heads
+from maskdsl.codegen.long_items import cut_long
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import LONG, make_plan, make_sifted, mean_row_width
 from maskdsl.codegen.tune import DENSE_WIDTH
@@ -33,7 +34,6 @@ ELEMENT = 2  # bytes: the kernel takes 16-bit inputs
 L2_BYTES = 32 << 20  # keys and values of the heads that run side by side should fit the L2 cache
 SHARE = 0.5  # an item longer than this part of one multiprocessor's work is cut along its keys
 LEAST_SHARE = 16.0  # steps; joining the parts costs a launch
-MAX_SPLITS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,15 +300,9 @@ def schedule(plan: Plan, config: HopperConfig, shape: Shape, groups: int, sectio
         return whole
     steps = count_steps(plan, config, shape) + 1
     share = max(float(steps.sum()) * groups / processors * SHARE, LEAST_SHARE)
-    heavy = np.flatnonzero(steps > share)
-    if not heavy.size or heavy[-1] - heavy[0] + 1 != heavy.size:
-        return whole
-    splits = min(-(-int(steps[heavy].max()) // int(share)), MAX_SPLITS,
-                 int(steps[heavy].min()) - 1)
-    if splits < 2 or heavy.size > q_tiles // 2:
-        return whole
-    items = (q_tiles - heavy.size) * groups + int(heavy.size) * groups * splits
-    return Schedule(items, q_tiles, section, int(heavy[0]), int(heavy.size), splits)
+    first, count, splits = cut_long(steps, share, lambda long: int(long.min()) - 1)
+    items = (q_tiles + count * (splits - 1)) * groups
+    return Schedule(items, q_tiles, section, first, count, splits)
 
 
 def pick_section(mask: Mask, kv_len: int, row_bytes: int, groups: int, per_kv_head: int) -> int:

@@ -31,8 +31,10 @@ def text(table: Table) -> str:
 def fold(line: str) -> list[str]:
     """A line in lines of up to WIDTH characters, all with its indentation and two spaces more."""
     space = " " * (len(line) - len(line.lstrip(" ")))
-    return textwrap.wrap(line, WIDTH - 14, subsequent_indent=space + "  ", break_long_words=False,
-                         break_on_hyphens=False) or [line]
+    kept = line.replace(" %", "\N{NO-BREAK SPACE}%")
+    lines = textwrap.wrap(kept, WIDTH - 14, subsequent_indent=space + "  ", break_long_words=False,
+                          break_on_hyphens=False)
+    return [part.replace("\N{NO-BREAK SPACE}%", " %") for part in lines] or [line]
 
 
 def markdown(table: Table) -> str:

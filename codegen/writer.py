@@ -14,7 +14,7 @@ from maskdsl.codegen.bounds import Lines
 from maskdsl.codegen.listing import ListedTest
 from maskdsl.spans import ZERO, Piece
 from maskdsl.text import write_condition, write_integer
-from maskdsl.trace import Condition, Ge, Has, K, P
+from maskdsl.trace import Condition, Ge, Has, K, P, all_leaves
 
 
 def write_mask(pieces: tuple[Piece, ...]) -> tuple[tuple[str, ...], tuple[str, ...],
@@ -36,11 +36,7 @@ def write_mask(pieces: tuple[Piece, ...]) -> tuple[tuple[str, ...], tuple[str, .
 
 def leaves_of(condition: Condition) -> Iterator[Has]:
     """The leaves of a condition that ask call-time lists."""
-    if isinstance(condition, Has):
-        yield condition
-    elif not isinstance(condition, Ge):
-        for arg in condition.args:
-            yield from leaves_of(arg)
+    return (leaf for leaf in all_leaves(condition) if isinstance(leaf, Has))
 
 
 def _upper(piece: Piece) -> str:

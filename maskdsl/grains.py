@@ -14,7 +14,7 @@ import sympy
 
 from maskdsl.expr import Mask
 from maskdsl.raster import Bools, Ints, trace_or_none
-from maskdsl.trace import K, P, values_of
+from maskdsl.trace import Ge, K, P, all_leaves
 
 MOST_GRAINS = 2  # sizes a box is split by, the largest ones
 Grain = tuple[int, int]  # (size, shift): jumps where place + shift is a multiple of size
@@ -27,8 +27,8 @@ def grains_of(mask: Mask) -> tuple[Grains, Grains]:
     found: tuple[set[Grain], set[Grain]] = (set(), set())
     for node in mask.walk():
         condition = None if node.below() else trace_or_none(node)
-        for value in values_of(condition) if condition is not None else ():
-            for size, over in steps_of(value):
+        for leaf in all_leaves(condition) if condition is not None else ():
+            for size, over in steps_of(leaf.value) if isinstance(leaf, Ge) else ():
                 for places, symbol in zip(found, (P, K), strict=True):
                     shift = sympy.expand(over - symbol)
                     if shift.is_Integer:

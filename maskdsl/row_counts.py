@@ -19,7 +19,7 @@ import sympy
 
 from maskdsl.spans import Piece
 from maskdsl.text import NUMPY_NAMES, write_condition
-from maskdsl.trace import Has, K, P, values_of
+from maskdsl.trace import Has, K, P, all_leaves
 
 MOST_TESTS = 1 << 27  # pairs tested in all
 Ints = npt.NDArray[np.int64]
@@ -33,10 +33,8 @@ def class_rows(pieces: Iterable[Piece], p: Ints) -> Ints | None:
     for piece in pieces:
         if piece.is_exact:
             continue
-        if any(isinstance(leaf, Has) for leaf in leaves(piece.rest)):
-            return None
-        for value in values_of(piece.rest):
-            found = read_steps(value)
+        for leaf in all_leaves(piece.rest):
+            found = None if isinstance(leaf, Has) else read_steps(leaf.value)
             if found is None:
                 return None
             period = lcm(period, found[0])
@@ -44,15 +42,6 @@ def class_rows(pieces: Iterable[Piece], p: Ints) -> Ints | None:
     keys = np.stack([p % period, *((p + shift) // size for size, shift in sorted(steps))])
     inverse: Ints = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
     return inverse
-
-
-def leaves(condition: Any) -> Iterable[Any]:
-    """The comparisons and lists of a condition."""
-    if not hasattr(condition, "args"):
-        yield condition
-        return
-    for arg in condition.args:
-        yield from leaves(arg)
 
 
 def read_steps(value: sympy.Expr) -> tuple[int, set[tuple[int, int]]] | None:

@@ -23,6 +23,7 @@ from maskdsl.shares import Shares
 
 TILES = 1 << 21  # looked at in a picture; where there are more, some stand for all
 
+
 def measure_tiles(mask: Mask, grid: Grid, view: View,
                   tile: tuple[int, int]) -> tuple[Shares, Shares, Bools]:
     """(full, masked, some): shares of the tiles of every cell, float64[H, W], and where a MASKED

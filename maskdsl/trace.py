@@ -390,10 +390,10 @@ def is_traceable(mask: Mask) -> bool:
     return True
 
 
-def values_of(condition: Condition) -> Iterator[sympy.Expr]:
-    """The integer expressions of all comparisons."""
-    if isinstance(condition, Ge):
-        yield condition.value
-    elif not isinstance(condition, Has):
+def all_leaves(condition: Condition) -> Iterator[Ge | Has]:
+    """The comparisons and the lists that a condition asks."""
+    if isinstance(condition, Ge | Has):
+        yield condition
+    else:
         for arg in condition.args:
-            yield from values_of(arg)
+            yield from all_leaves(arg)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hopper_marks import NEEDS_HOPPER
 from hypothesis import given, settings
 from oracle import Case, check_case, make_inputs
 from strategies import masks, shapes
@@ -26,13 +27,11 @@ from maskdsl import (
     Where,
     Window,
 )
-from maskdsl.codegen.hopper import is_hopper
 from maskdsl.codegen.hopper_cut import refuse_mask
 from maskdsl.errors import BackendError
 from maskdsl.simplify import simplify
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
-    not torch.cuda.is_available() or not is_hopper(), reason="needs a Hopper GPU")]
+pytestmark = NEEDS_HOPPER
 
 TRIANGLE = Sink(8) | Window(512) | LastQ(128)
 MASKS: list[tuple[Mask, bool]] = [

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gradient_oracle import check_gradients
+from hopper_marks import NEEDS_HOPPER
 from hypothesis import given, settings
 from oracle import Case, make_inputs
 from strategies import masks, shapes
@@ -26,12 +27,10 @@ from maskdsl import (
     Sink,
     Window,
 )
-from maskdsl.codegen.hopper import is_hopper
 from maskdsl.codegen.hopper_backward_cut import refuse_mask
 from maskdsl.simplify import simplify
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
-    not torch.cuda.is_available() or not is_hopper(), reason="needs a Hopper GPU")]
+pytestmark = NEEDS_HOPPER
 
 OPTIONS = {"backward": True, "backend": "hopper"}
 TRIANGLE = Sink(8) | Window(512) | LastQ(128)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hopper_marks import NEEDS_HOPPER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Case, check_case, make_inputs
@@ -26,12 +27,10 @@ from maskdsl import (
     Where,
     Window,
 )
-from maskdsl.codegen.hopper import is_hopper
 from maskdsl.codegen.hopper_cut import refuse_mask
 from maskdsl.simplify import simplify
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
-    not torch.cuda.is_available() or not is_hopper(), reason="needs a Hopper GPU")]
+pytestmark = NEEDS_HOPPER
 
 TRIANGLE = Sink(8) | Window(512) | LastQ(128)
 DIMS = [(256, 256), (192, 128), (96, 96), (72, 40), (128, 96), (160, 160), (192, 192), (200, 72),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from dynamic_strategies import BATCH, HEADS, KV_HEADS, dynamic_masks, slot_data
+from hopper_marks import NEEDS_HOPPER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Case, check_case, make_inputs
@@ -37,13 +38,11 @@ from maskdsl import (
     VSIndices,
     Window,
 )
-from maskdsl.codegen.hopper import is_hopper
 from maskdsl.codegen.hopper_cut import refuse_mask
 from maskdsl.dynamic import slots_of
 from maskdsl.simplify import simplify
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
-    not torch.cuda.is_available() or not is_hopper(), reason="needs a Hopper GPU")]
+pytestmark = NEEDS_HOPPER
 
 TRIANGLE = Sink(8) | Window(200) | LastQ(60)
 FORCED = {"backend": "hopper"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hopper_marks import NEEDS_HOPPER
 from oracle import Case, check_case, make_inputs
 from test_gpu_hopper_lists import make_data
 
@@ -26,12 +27,10 @@ from maskdsl import (
     Window,
 )
 from maskdsl.codegen import hopper, hopper_listed
-from maskdsl.codegen.hopper import is_hopper
 from maskdsl.codegen.hopper_cut import pick_hopper
 from maskdsl.codegen.hopper_lists import pick_listed
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
-    not torch.cuda.is_available() or not is_hopper(), reason="needs a Hopper GPU")]
+pytestmark = NEEDS_HOPPER
 
 TRIANGLE = Sink(8) | Window(512) | LastQ(128)
 MASKS: list[tuple[Mask, bool]] = [
