@@ -39,10 +39,10 @@ HEADS, KV_HEADS = 8, 2
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        torch._dynamo.reset()
+        counters.clear()
         yield
 
 
