@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._functorch import config as functorch
 
 import maskdsl
 from benchmarks.cases import Case, Pattern
@@ -27,7 +28,7 @@ PATTERNS = (Pattern(), Pattern(window=1024), Pattern(8, 512, 128), Pattern(64, 1
 
 def run(report: Report) -> None:
     """Dense causal, a window, two triangles."""
-    torch._functorch.config.donated_buffer = False  # or FlexAttention's graph cannot be kept
+    functorch.donated_buffer = False  # or FlexAttention's graph cannot be kept
     for pattern in PATTERNS:
         q, k, v = (t.requires_grad_() for t in make_inputs(LENGTH))
         weight = torch.randn_like(q)

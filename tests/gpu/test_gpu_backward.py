@@ -219,10 +219,10 @@ def moved(data: Any) -> Any:
     return data
 
 
-def check_random(data: st.DataObject, mask: Mask, shape: Shape, **more: Any) -> None:
+def check_random(drawn: st.DataObject, mask: Mask, shape: Shape, **more: Any) -> None:
     limit = min((x for m in mask.walk() if (x := m.limit()) is not None), default=1 << 60)
     if max(shape.q_offset + shape.q_len, shape.kv_len) <= limit:
-        slots = {name: moved(value) for name, value in data.draw(slot_data(mask, shape)).items()}
+        slots = {name: moved(value) for name, value in drawn.draw(slot_data(mask, shape)).items()}
         check_gradients(Case(mask, shape.q_len, shape.kv_len, BATCH, HEADS, KV_HEADS, 32,
                              causal=False, dtype=torch.float16, q_offset=shape.q_offset,
                              total_len=shape.total_len, options={"backend": "triton", **OPTIONS},
@@ -302,9 +302,9 @@ def test_in_a_graph() -> None:
     lists = made()
     leaves = [t.requires_grad_() for t in make_inputs(
         Case(TRIANGLE, N, N, 1, 4, 2, 64, dtype=torch.bfloat16), "cuda")]
-    run = torch.compile(lambda q, k, v: attn(q * 2, k, v, vs=lists).float().square().sum(),
+    run = torch.compile(lambda q, k, v: attn(q * 2, k, v, **lists).float().square().sum(),
                         fullgraph=True)
     found = torch.autograd.grad(run(*leaves), leaves)
-    out = attn(leaves[0] * 2, *leaves[1:], vs=lists).float().square().sum()
+    out = attn(leaves[0] * 2, *leaves[1:], **lists).float().square().sum()
     for a, b in zip(found, torch.autograd.grad(out, leaves), strict=True):
         torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
