@@ -47,7 +47,7 @@ docs: ## build the site, warnings are errors
 	$(MAKE) --no-print-directory setup EXTRAS=docs
 	$(BIN)/mkdocs build --strict
 
-bench: setup ## all benchmarks, on this machine's GPU, into docs/benchmarks
+bench: setup ## the main benchmarks, on this machine's GPU, into docs/benchmarks
 	$(BIN)/python -m benchmarks.run forward dense million cold host cpu
 
 check: lint types test docs ## everything CI could ask

@@ -74,6 +74,7 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     asked = read_questions().get(name.removesuffix(".md")) if folder == "benchmarks" else None
     if asked is None:
         return markdown
+    page.meta["hide"] = ["toc"]  # one heading; the table takes the place
     title, _, rest = markdown.partition("\n")
     return f"{title}\n\n{asked[0].upper()}{asked[1:].rstrip('.')}.\n{rest}"
 

@@ -17,7 +17,7 @@ MASK = Sink(4) | Window(2048) | LastQ(64)
 def seconds(call: Callable[[], object], device: str) -> float:
     """Median wall-clock seconds of a few calls, after one to warm up."""
     times = []
-    repeats = 5 if device == "cuda" else 2
+    repeats = 5 if device == "cuda" else 3
     for i in range(repeats + 1):
         start = time.perf_counter()
         call()

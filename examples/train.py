@@ -2,8 +2,8 @@
 dense matrix in PyTorch's own attention. The two loss curves coincide.
 
 The task is to go on with a pattern that repeats: what comes next stood one period ago, which is
-within the window, so the sparse mask loses nothing. On a GPU the gradients come from the kernels
-(`backward=True`), on a CPU from the torch backend.
+within the window, so the sparse mask loses nothing. On a GPU the gradients come from kernels, on a CPU
+from the torch backend.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def main(steps: int = 400, sizes: tuple[int, int, int, int] | None = None,
     """Train both, compare, draw; returns the curves."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = sizes or ((8, 2048, 256, 4) if device == "cuda" else (8, 128, 64, 2))
-    ours = compile(MASK, backward=True)
+    ours = compile(MASK)
     live = dense(ours.mask, Shape(sizes[1], sizes[1]), device=device)
 
     def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,7 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
             layout: str = "bhld", scale: float | None = None,
             tile: tuple[int, int] | None = None,
             scores: ScoreMod | Iterable[ScoreMod] | None = None,
-            autotune: bool = False, backward: bool | str = False) -> Attention:
+            autotune: bool = False, backward: bool | str = True) -> Attention:
     """A callable that computes attention under `mask`, specialised for it.
 
     mask     the allowed (query, key) pairs
@@ -58,7 +58,7 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
              False takes the mask as it stands (two-sided windows, `PrefixLM`, cross attention)
     backend  "hopper" (H100, H200: the fastest kernel; static masks, float16 and bfloat16, head
              dimensions up to 128; asked for by name also up to 256, `PerHead`, periodic masks and
-             call-time data, which were not measured there yet), "triton" (any GPU), "torch" (any
+             call-time data, which "triton" runs by default), "triton" (any GPU), "torch" (any
              device, differentiable).
              Default: the first of them that this machine and the mask allow; what "hopper" then
              cannot take (`.refusal(q, k, v)` says what and why), "triton" computes. A backend
@@ -72,11 +72,10 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
 
     scores   score modifiers, applied in order: `Softcap`, `ALiBi`, `Bias`, `RelativePosition`,
              `SinkLogits`; the data of those that take some is given at the call, by name
-    backward  True lets autograd through the Triton and Hopper backends, with kernels for the
-             gradients of q, k, v and the data of score modifiers; the same bits every time. Tested
-             in Triton's interpreter and compiled ahead of time, not yet run on a GPU, which is why
-             it must be asked for. The torch backend is always differentiable, twice as well.
-             With backend="hopper" by name: the Hopper backward; "atomic": it may add up dQ.
+    backward True (default): kernels compute the gradients of q, k, v and the data of score
+             modifiers, the same bits every time. "atomic" (backend="hopper" by name): they may add
+             up dQ by atomics. False: an input that requires a gradient is a GradientError. The
+             torch backend is always differentiable, twice as well.
 
     Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError.
     """
@@ -106,9 +105,9 @@ class Attention:
     def __init__(self, mask: Mask, backend: str, layout: str, scale: float | None,
                  tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = (),
                  scores: tuple[ScoreMod, ...] = (), *, strict: bool = True,
-                 autotune: bool = False, backward: bool | str = False) -> None:
+                 autotune: bool = False, backward: bool | str = True) -> None:
         self.mask = mask
-        self.backward = backward  # gradients by kernels were asked for
+        self.backward = backward
         self.slots = slots  # as the user wrote them: simplification may drop one
         self._used = check_names(mask)
         self.scores = scores

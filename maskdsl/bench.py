@@ -64,7 +64,7 @@ def add_bench(parser: argparse.ArgumentParser, mask_text: Callable[[str], Mask],
     parser.add_argument("--dtype", choices=DTYPES,
                         help="default: bfloat16 on a GPU, float32 without")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--backend", choices=BACKENDS)
+    parser.add_argument("--backend", choices=BACKENDS, help="default: what compile() picks here")
     parser.add_argument("--no-causal", action="store_true", help="take the masks as they stand")
     parser.add_argument("--no-dense", action="store_true", help="leave dense attention out")
     parser.add_argument("--json", action="store_true", help="print JSON")

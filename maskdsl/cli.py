@@ -95,7 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
         show.add_argument(name, type=part, metavar="A:B",
                           help=f"only these {told}, such as 0:256 or 127K:128K")
     show.add_argument("--width", type=positive, help="characters (default: what fits)")
-    show.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    show.add_argument("--color", choices=("auto", "always", "never"), default="auto",
+                      help="default: %(default)s, in a terminal where NO_COLOR is not set")
     explain = command(commands, "explain", "what a call costs: pairs, tiles, memory", run_explain)
     add_mask(explain, length=True)
     add_heads(explain, heads=None, told="the mask's, or 1")

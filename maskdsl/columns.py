@@ -21,3 +21,8 @@ def format_number(value: float | None, digits: int = 3) -> str:
     if value is None or math.isnan(value):
         return "-"
     return f"{value:,.0f}" if abs(value) >= 10 ** digits else f"{value:.{digits}g}"
+
+
+def plural(count: int, noun: str) -> str:
+    """1 layer, 2 layers."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -8,7 +8,7 @@ from typing import Any
 
 from maskdsl.api import compile
 from maskdsl.atoms import Causal, Empty
-from maskdsl.columns import format_number, format_table
+from maskdsl.columns import format_number, format_table, plural
 from maskdsl.dynamic import SlotMask, slots_of
 from maskdsl.errors import MaskTypeError
 from maskdsl.explaining import Sizes, predict
@@ -97,7 +97,7 @@ def compare_masks(masks: Sequence[Mask], length: int, *, chip: str | None = None
     rows = tuple(describe(mask, length, sizes, chip) for mask in masks)
     told = [relate(chr(65 + i), chr(65 + j), masks[i], masks[j])
             for i in range(len(masks)) for j in range(i + 1, len(masks)) if len(masks) <= 6]
-    call = f"{name}, batch {batch}, {heads} heads over {kv_heads}, dimension {head_dim}"
+    call = f"{name}, batch {batch}, {plural(heads, 'head')} over {kv_heads}, dimension {head_dim}"
     return Comparison(length, rows, tuple(filter(None, told)), dense, call if name else "")
 
 

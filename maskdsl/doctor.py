@@ -14,6 +14,7 @@ import torch
 from maskdsl.api import compile
 from maskdsl.atoms import Causal, LastQ, Sink, Window
 from maskdsl.backends import pick_backend
+from maskdsl.columns import plural
 from maskdsl.dense import dense, dense_attention
 from maskdsl.errors import MaskDSLError
 from maskdsl.settings import cache_dir, debug_level
@@ -99,7 +100,7 @@ def look_at_cache(report: Report) -> None:
     """Where kernels are kept, and whether that can be written."""
     folder = cache_dir() / "kernels"
     kernels = list(folder.glob("mask_*.py")) if folder.is_dir() else []
-    report.facts["cache"] = f"{folder}, {len(kernels)} kernels"
+    report.facts["cache"] = f"{folder}, {plural(len(kernels), 'kernel')}"
     report.facts["debug"] = f"MASKDSL_DEBUG={debug_level()}"
     parent = next((path for path in (folder, *folder.parents) if path.exists()), folder)
     if not os.access(parent, os.W_OK):

@@ -134,17 +134,16 @@ def wants_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: ob
 
 
 def gradient_error() -> GradientError:
-    """The error of a call that wants gradients from kernels that were not asked for them."""
-    return GradientError("inputs with requires_grad=True and a backend for GPUs",
-                         "the backward pass of the GPU kernels has not yet run on a GPU, so it "
-                         "must be asked for", "torch.no_grad() around the call, tensor.detach(), "
-                         "compile(..., backward=True), or compile(..., backend='torch'), which is "
-                         "differentiable")
+    """The error of a call that wants gradients from a mask compiled without them."""
+    return GradientError("inputs with requires_grad=True, and compile(..., backward=False)",
+                         "the mask was compiled without gradients",
+                         "compile(...) without backward=False, or torch.no_grad() around the call, "
+                         "or tensor.detach()")
 
 
 def second_gradient_error() -> GradientError:
     """The error of a derivative of what the kernels, or the operator of a graph, derived."""
-    return GradientError("a gradient of a gradient (create_graph=True) through backward=True or "
+    return GradientError("a gradient of a gradient (create_graph=True) through the kernels or "
                          "torch.compile", "the kernels compute first derivatives only, and so does "
                          "the operator that a graph holds",
                          "compile(..., backend='torch') outside torch.compile, which can be "

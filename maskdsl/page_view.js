@@ -3,24 +3,42 @@ const canvas = document.getElementById("canvas"), tip = document.getElementById(
 const stage = document.getElementById("stage");
 const paint = canvas.getContext("2d");
 const heads = call.heads.map(compileHead);
-const FAINTEST = 0.35, UNSURE = 0.12, LEFT = 64, TOP = 26, SIDE = 8;
+const FAINTEST = 0.35, UNSURE = 0.12, LEFT = 76, TOP = 26, SIDE = 8;
 let head = 0, ratio = 1, wide = 0, high = 0;
 let view = null; // first key and row shown (fractions allowed), pixels a token
 
 const fmt = (n) => Math.round(n).toLocaleString("en-US");
 const parts = () => heads[head].filter((part) => part.shown);
 
-function fit() {
+// The place of the whole matrix, in pixels: as large as fits beside the axes, centred.
+function home() {
   const scale = Math.min((wide - LEFT - SIDE) / call.kv_len, (high - TOP - SIDE) / call.q_len);
-  view = { key: 0, row: 0, scale };
+  const across = call.kv_len * scale, down = call.q_len * scale;
+  const left = Math.max(LEFT, Math.round((wide - across) / 2));
+  const top = Math.max(TOP, Math.round((high - down) / 2));
+  return { scale, left, top, right: left + across, bottom: top + down };
 }
 
+function fit() {
+  const { scale, left, top } = home();
+  view = { key: (LEFT - left) / scale, row: (TOP - top) / scale, scale };
+}
+
+// However near, the matrix covers at least its place as a whole: zooming holds what is under the
+// pointer, up to its borders.
 function clampView() {
-  const least = Math.min((wide - LEFT - SIDE) / call.kv_len, (high - TOP - SIDE) / call.q_len);
-  view.scale = Math.min(Math.max(view.scale, least), 48);
-  const keys = (wide - LEFT - SIDE) / view.scale, rows = (high - TOP - SIDE) / view.scale;
-  view.key = Math.min(Math.max(view.key, 0), Math.max(0, call.kv_len - keys));
-  view.row = Math.min(Math.max(view.row, 0), Math.max(0, call.q_len - rows));
+  const { scale, left, top, right, bottom } = home();
+  view.scale = Math.min(Math.max(view.scale, scale), Math.max(48, scale));
+  const between = (x, low, most) => Math.max(Math.min(x, most), low);
+  view.key = between(view.key, (LEFT - left) / view.scale, call.kv_len - (right - LEFT) / view.scale);
+  view.row = between(view.row, (TOP - top) / view.scale, call.q_len - (bottom - TOP) / view.scale);
+}
+
+// The pixels that show the matrix now.
+function shownPlace() {
+  const left = LEFT - view.key * view.scale, top = TOP - view.row * view.scale;
+  return { left: Math.max(LEFT, left), right: Math.min(wide, left + call.kv_len * view.scale),
+    top: Math.max(TOP, top), bottom: Math.min(high, top + call.q_len * view.scale) };
 }
 
 function zoom(factor, x, y) {
@@ -81,11 +99,7 @@ function drawBox(x0, y0, x1, y1, block, shown) {
   const seen = look(box, shown);
   if (seen.dead) return;
   const x = LEFT + x0, y = TOP + y0, w = x1 - x0, h = y1 - y0;
-  if (seen.part) {
-    const right = LEFT + (call.kv_len - view.key) * view.scale;
-    const bottom = TOP + (call.q_len - view.row) * view.scale;
-    return fill(x, y, Math.min(w, right - x), Math.min(h, bottom - y), seen.part.colour, 1);
-  }
+  if (seen.part) return fill(x, y, w, h, seen.part.colour, 1);
   if (w <= block && h <= block) {
     const found = sample(box, shown);
     return found && fill(x, y, w, h, found.part.colour, found.share);
@@ -107,7 +121,7 @@ function tokens(a, b, start, size) {
 // Single pairs, when each is at least a few pixels wide.
 function drawPairs(shown) {
   const s = view.scale;
-  const row0 = Math.floor(view.row), key0 = Math.floor(view.key);
+  const row0 = Math.max(0, Math.floor(view.row)), key0 = Math.max(0, Math.floor(view.key));
   const row1 = Math.min(call.q_len, Math.ceil(view.row + (high - TOP) / s));
   const key1 = Math.min(call.kv_len, Math.ceil(view.key + (wide - LEFT) / s));
   const gap = s >= 8 ? 1 : 0;
@@ -125,56 +139,56 @@ function tickStep(scale) {
   return step;
 }
 
-function drawAxes() {
+function drawAxes({ left, right, top, bottom }) {
   paint.globalAlpha = 1;
-  paint.fillStyle = "#fff";
-  paint.fillRect(0, 0, wide, TOP);
-  paint.fillRect(0, 0, LEFT, high);
   paint.strokeStyle = "#bbb";
-  paint.strokeRect(LEFT - 1.5, TOP - 1.5, Math.min(wide - LEFT - 1, (call.kv_len - view.key) * view.scale) + 3,
-    Math.min(high - TOP - 1, (call.q_len - view.row) * view.scale) + 3);
+  paint.strokeRect(left - 1.5, top - 1.5, Math.min(wide - 1, right) - left + 3,
+    Math.min(high - 1, bottom) - top + 3);
   paint.fillStyle = "#555";
   paint.font = "11px ui-monospace, monospace";
   const step = tickStep(view.scale), half = view.scale >= 4 ? view.scale / 2 : 0;
+  const first = (start) => Math.ceil(Math.max(0, start) / step) * step;
   paint.textAlign = "center";
-  for (let k = Math.ceil(view.key / step) * step; k < call.kv_len; k += step) {
+  for (let k = first(view.key); k < call.kv_len; k += step) {
     const x = LEFT + (k - view.key) * view.scale + half;
     if (x > wide - 10) break;
-    paint.fillText(fmt(k), Math.max(x, LEFT + 4), 14);
-    paint.fillRect(x, 18, 1, 5);
+    paint.fillText(fmt(k), x, top - 12);
+    paint.fillRect(x, top - 8, 1, 5);
   }
   paint.textAlign = "right";
-  for (let r = Math.ceil(view.row / step) * step; r < call.q_len; r += step) {
+  for (let r = first(view.row); r < call.q_len; r += step) {
     const y = TOP + (r - view.row) * view.scale + half;
     if (y > high - 4) break;
-    paint.fillText(fmt(r + call.q_offset), LEFT - 9, y + 4);
-    paint.fillRect(LEFT - 7, y, 4, 1);
+    paint.fillText(fmt(r + call.q_offset), left - 9, y + 4);
+    paint.fillRect(left - 7, y, 4, 1);
   }
 }
 
-function drawTiles() {
+function drawTiles({ left, right, top, bottom }) {
   const [rows, keys] = call.tile;
   if (Math.min(rows, keys) * view.scale < 24) return;
   paint.globalAlpha = 0.35;
   paint.fillStyle = "#000";
-  const bottom = Math.min(high, TOP + (call.q_len - view.row) * view.scale);
-  const right = Math.min(wide, LEFT + (call.kv_len - view.key) * view.scale);
-  for (let k = Math.ceil(view.key / keys) * keys; k <= call.kv_len; k += keys) {
+  for (let k = Math.ceil(Math.max(0, view.key) / keys) * keys; k <= call.kv_len; k += keys) {
     const x = LEFT + (k - view.key) * view.scale;
     if (x > wide) break;
-    paint.fillRect(x - 0.5, TOP, 1, bottom - TOP);
+    paint.fillRect(x - 0.5, top, 1, bottom - top);
   }
-  for (let r = Math.ceil(view.row / rows) * rows; r <= call.q_len; r += rows) {
+  for (let r = Math.ceil(Math.max(0, view.row) / rows) * rows; r <= call.q_len; r += rows) {
     const y = TOP + (r - view.row) * view.scale;
     if (y > high) break;
-    paint.fillRect(LEFT, y - 0.5, right - LEFT, 1);
+    paint.fillRect(left, y - 0.5, right - left, 1);
   }
 }
 
 function draw() {
   paint.setTransform(ratio, 0, 0, ratio, 0, 0);
   paint.clearRect(0, 0, wide, high);
-  const shown = parts();
+  const shown = parts(), place = shownPlace();
+  paint.save(); // blocks of pixels may reach over the borders
+  paint.beginPath();
+  paint.rect(place.left, place.top, place.right - place.left, place.bottom - place.top);
+  paint.clip();
   if (view.scale >= 4) drawPairs(shown);
   else if (shown.length) {
     const size = 64, block = 2;
@@ -182,8 +196,9 @@ function draw() {
       drawBox(x, y, Math.min(x + size, Math.ceil(wide - LEFT)), Math.min(y + size, Math.ceil(high - TOP)), block, shown);
     }
   }
-  drawTiles();
-  drawAxes();
+  paint.restore();
+  drawTiles(place);
+  drawAxes(place);
   const one = 1 / view.scale;
   document.getElementById("scale").textContent =
     one >= 1 ? `a pixel is ${one < 10 ? one.toFixed(1) : fmt(one)} tokens` : `a pair is ${view.scale.toFixed(1)} pixels`;
@@ -217,7 +232,8 @@ function explainBox(box) {
 
 function hover(x, y) {
   const key = view.key + (x - LEFT) / view.scale, row = view.row + (y - TOP) / view.scale;
-  if (x < LEFT || y < TOP || key >= call.kv_len || row >= call.q_len) { tip.hidden = true; return; }
+  const outside = key < 0 || row < 0 || key >= call.kv_len || row >= call.q_len;
+  if (x < LEFT || y < TOP || outside) { tip.hidden = true; return; }
   const n = Math.max(1, Math.round(2 / view.scale)); // two pixels around the pointer
   const k = Math.floor(key), r = Math.floor(row);
   tip.innerHTML = view.scale >= 1 ? explainPair(r + call.q_offset, k)
@@ -245,12 +261,13 @@ function legend() {
 }
 
 function resize() {
+  const whole = !view || view.scale <= home().scale;
   ratio = window.devicePixelRatio || 1;
   wide = stage.clientWidth;
   high = stage.clientHeight;
   canvas.width = wide * ratio;
   canvas.height = high * ratio;
-  if (!view) fit();
+  if (whole) fit();
   clampView();
   draw();
 }
@@ -273,7 +290,7 @@ canvas.onpointermove = (event) => {
   hover(x, y);
 };
 canvas.ondblclick = (event) => zoom(4, ...at(event));
-const middle = () => [LEFT + (wide - LEFT) / 2, TOP + (high - TOP) / 2];
+const middle = () => { const at = home(); return [(at.left + at.right) / 2, (at.top + at.bottom) / 2]; };
 const keysDown = {
   "+": () => zoom(2, ...middle()), "=": () => zoom(2, ...middle()), "-": () => zoom(0.5, ...middle()),
   "0": () => { fit(); draw(); },
@@ -294,5 +311,5 @@ select.hidden = heads.length < 2;
 select.replaceChildren(...call.heads.map((one, i) => new Option(one.title, i)));
 select.onchange = () => { head = Number(select.value); legend(); draw(); };
 legend();
-window.onresize = resize;
 resize();
+new ResizeObserver(resize).observe(stage); // the window, or the lines of the legend

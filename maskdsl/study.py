@@ -14,6 +14,7 @@ from maskdsl.api import compile
 from maskdsl.atoms import Causal, Full
 from maskdsl.binding import Bound, bind_slots
 from maskdsl.capture import Layer, capture
+from maskdsl.columns import plural
 from maskdsl.dynamic import slots_of
 from maskdsl.errors import StudyError
 from maskdsl.expr import Mask
@@ -166,8 +167,9 @@ def read_pattern(name: str, one: Any, layers: int, heads: int) -> Pattern:
     mask, estimator = one if isinstance(one, tuple) and len(one) == 2 else (one, None)
     masks = (mask,) * layers if isinstance(mask, Mask) else tuple(getattr(mask, "masks", ()))
     if len(masks) != layers or not all(isinstance(m, Mask) for m in masks):
-        raise StudyError(f"pattern {name!r}: {mask!r}"[:200], f"not a mask, nor one for each of "
-                         f"{layers} layers", "a mask, a LayerPolicy, or (mask, estimator)")
+        raise StudyError(f"pattern {name!r}: {mask!r}"[:200], "not a mask, nor masks for "
+                         f"{plural(layers, 'layer')}",
+                         "a mask, a LayerPolicy, or (mask, estimator)")
     for m in masks:
         if slots_of(m) and not callable(estimator):
             raise StudyError(f"pattern {name!r}: {m!r}", "its slots need data",

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maskdsl.cells import PALETTE
-from maskdsl.columns import format_number, format_table
+from maskdsl.columns import format_number, format_table, plural
 from maskdsl.errors import StudyError
 from maskdsl.plot import finish, format_tokens, mark_plainly, new_figure, shorten
 
@@ -74,13 +74,18 @@ class Study:
         return rows
 
     def __str__(self) -> str:
-        layers, heads = self.mass.shape[1:]
-        told = (f"{self.q_len:,} queries x {self.kv_len:,} keys, {layers} layers of {heads} heads, "
-                f"{self.rows:,} rows a head; recall of the {self.top} largest keys; pairs and "
-                f"tiles: share of dense")
+        told = (f"{self.q_len:,} queries x {self.kv_len:,} keys, {self.describe_model()}, "
+                f"{plural(self.rows, 'row')} a head; "
+                f"recall of the {plural(self.top, 'largest key')}; "
+                "pairs and tiles: share of dense")
         front = ", ".join(self.names[i] for i in self.front())
         return (f"{told}\n{format_table(HEADER, self.rows_of_table())}\n"
                 f"Pareto front of mass over {self.cost_name()}: {front}")
+
+    def describe_model(self) -> str:
+        """For example "1 layer of 4 heads"."""
+        layers, heads = self.mass.shape[1:]
+        return f"{plural(layers, 'layer')} of {plural(heads, 'head')}"
 
     def _repr_html_(self) -> str:
         lines = [HEADER, *self.rows_of_table()]
@@ -166,8 +171,8 @@ class Study:
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8,
                       frameon=False)
-        figure.suptitle(f"{format_tokens(self.kv_len)} tokens, {self.mass.shape[1]} layers of "
-                        f"{self.mass.shape[2]} heads; line: Pareto front", fontsize=9)
+        figure.suptitle(f"{format_tokens(self.kv_len)} tokens, {self.describe_model()}; "
+                        "line: Pareto front", fontsize=9)
         return finish(figure, path)
 
     def plot_heads(self, pattern: str, value: str = "mass",

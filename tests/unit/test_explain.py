@@ -295,6 +295,13 @@ def test_an_expression_is_explained_without_compiling_it_first() -> None:
     assert both.live_pairs == 3 * int(dense(Window(4, 2), Shape(100, 100)).sum())
 
 
+def test_slots_without_data_are_named() -> None:
+    for mask, words in ((VerticalSlash("vs"), "VerticalSlash('vs') decides, and its data was"),
+                        (VerticalSlash("vs") | Columns("c"), "decide, and their data was")):
+        told = maskdsl.explain(mask, 100, chip="H100", backend="torch")
+        assert words in told.no_prediction
+
+
 def test_rich_prints_the_same() -> None:
     console = pytest.importorskip("rich.console")
     made = console.Console(width=120, record=True, file=io.StringIO())

@@ -153,25 +153,32 @@ const told = {};
 const kindOf = (kind) => (kind === "wheel" ? WheelEvent : PointerEvent);
 const send = (kind, x, y, more) => canvas.dispatchEvent(new (kindOf(kind))(kind, {
   clientX: x, clientY: y + canvas.getBoundingClientRect().top, bubbles: true, ...more }));
+const start = home();
 const inked = () => {
-  const pixels = paint.getImageData(LEFT + 4, TOP + 4, 300, 300).data;
+  const pixels = paint.getImageData(start.left + 4, start.top + 4, 300, 300).data;
   let n = 0;
   for (let i = 0; i < pixels.length; i += 4)
     n += pixels[i] + pixels[i + 1] + pixels[i + 2] < 690 && pixels[i + 3] > 0;
   return n;
 };
+const over = (row, key) => send("pointermove", LEFT + (key - view.key + 0.1) * view.scale,
+  TOP + (row - view.row + 0.1) * view.scale);
 told.whole = { scale: view.scale, inked: inked() };
-send("pointermove", LEFT + 200, TOP + 100);
+told.place = { ...shownPlace(), wide, high, room: LEFT };
+send("pointermove", start.left + 200, start.top + 100);
 told.far = tip.hidden ? "" : tip.innerText;
-for (let i = 0; i < 60; i++) send("wheel", LEFT + 1, TOP + 1, { deltaY: -300 });
+send("pointermove", start.left - 2, start.top + 100);
+told.beside = tip.hidden;
+for (let i = 0; i < 60; i++) send("wheel", start.left + 1, start.top + 1, { deltaY: -300 });
 told.nearby = Math.max(view.key, view.row);
 send("pointerdown", LEFT + 9, TOP + 9);
 send("pointermove", LEFT + 200000, TOP + 200000);
 send("pointerup", LEFT + 200000, TOP + 200000);
-told.near = { scale: view.scale, key: view.key, row: view.row };
-send("pointermove", LEFT + 5 * view.scale + 3, TOP + 20 * view.scale + 3);
+told.near = { scale: view.scale, left: shownPlace().left - start.left,
+  top: shownPlace().top - start.top };
+over(20, 5);
 told.dead = tip.innerText;
-send("pointermove", LEFT + 1 * view.scale + 3, TOP + 20 * view.scale + 3);
+over(20, 1);
 told.live = tip.innerText;
 for (const tick of document.querySelectorAll("#legend input")) tick.click();
 told.hidden_ink = inked();
@@ -193,7 +200,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     run = subprocess.run(
         [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
          "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,900",
+         "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,800",
          "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "poked.html").as_uri()],
         capture_output=True, text=True, timeout=400, check=True)
     found = re.search(r'<pre id="told">(.*?)</pre>', run.stdout, re.DOTALL)
@@ -201,9 +208,14 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     told = json.loads(found[1].replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&"))
     assert told["whole"]["scale"] < 1e-3  # all of a million tokens in the window
     assert told["whole"]["inked"] > 250  # the diagonal, though a pixel is 1300 tokens
+    place = told["place"]
+    assert place["left"] > place["room"]  # centred
+    assert abs(place["left"] + place["right"] - place["wide"]) <= 1
+    assert place["bottom"] <= place["high"]
     assert "keeps nothing" in told["far"]
+    assert told["beside"]  # no pair, no words
     assert told["nearby"] < 4000  # where the pointer was, to a pixel or three
-    assert told["near"] == {"scale": 48, "key": 0, "row": 0}
+    assert told["near"] == {"scale": 48, "left": 0, "top": 0}  # the corner stays where it began
     assert "query 20, key 5: dead" in told["dead"]
     assert "✗ k <= 3" in told["dead"]
     assert "query 20, key 1: live" in told["live"]

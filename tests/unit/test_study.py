@@ -167,7 +167,7 @@ def test_a_model_without_attention_is_told() -> None:
     ([make(8), make(9)], [Window(4)], "differ from those of layer 0"),
     ([(make(8).q, make(9).k, make(8).v)], [Window(4)], "do not fit"),
     ([make(8)], {}, "nothing to compare"), ([make(8)], {"a": 3}, "not a mask"),
-    ([make(8)], {"a": triangle_mix(3, [0])}, "each of 1 layers"),
+    ([make(8)], {"a": triangle_mix(3, [0])}, "nor masks for 1 layer"),
     ([make(8)], {"a": VerticalSlash("vs")}, "slots need data"),
     ([make(8)], {"a": PerHead([Causal()])}, "1 heads of 4")])
 def test_what_cannot_be_studied_is_told(layers: Any, patterns: Any, told: str) -> None:
@@ -188,6 +188,7 @@ def test_tables_and_pictures(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="no such cost"):
         told.front("euros")
     assert text.count("\n") == 6
+    assert "1 layer of 4 heads" in text
     assert "<td>thin</td>" in told._repr_html_()
     assert set(told.to_dict()["patterns"]["thin"]) == {"mass", "recall", "pairs", "tiles", "ms",
                                                       "error"}
