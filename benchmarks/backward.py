@@ -94,9 +94,8 @@ def is_installed(module: str) -> bool:
 def kernels_of(pattern: Pattern, length: int) -> dict[str, Callable[[], Run]]:
     """What is compared: ours first, the portable kernel by its name."""
     found: dict[str, Callable[[], Run]] = {
-        "maskdsl, portable": lambda: maskdsl.compile(pattern.mask, backend="triton",
-                                                     backward=True),
-        "maskdsl, default": lambda: maskdsl.compile(pattern.mask, backward=True),
+        "maskdsl, portable": lambda: maskdsl.compile(pattern.mask, backend="triton"),
+        "maskdsl, default": lambda: maskdsl.compile(pattern.mask),
         "FlexAttention": lambda: flex_call(pattern, length),
     }
     if is_installed("cudnn.flex_attention"):

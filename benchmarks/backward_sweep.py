@@ -39,7 +39,7 @@ def time_walk(pattern: Pattern, tensors: tuple[torch.Tensor, ...], by_key: bool,
 
     with mock.patch.object(TritonBackward, "configs", return_value=(config, config)), \
             mock.patch.object(backward_run, "fits_tma", fits):
-        out = maskdsl.compile(pattern.mask, backend="triton", backward=True)(*leaves)
+        out = maskdsl.compile(pattern.mask, backend="triton")(*leaves)
         grad = torch.ones_like(out)
         return time_ms(torch.autograd.grad, out, wanted, grad, retain_graph=True, repeat_ms=60)
 

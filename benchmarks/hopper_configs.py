@@ -1,5 +1,5 @@
-"""Which settings of the Hopper kernel are fastest: slots of shared memory, warps that load, the
-width of the first tile. Feeds codegen/hopper_cut.py; every setting is checked against the first."""
+"""Which settings of the Hopper kernel are fastest: slots of shared memory, the width of the first
+tile. Feeds codegen/hopper_cut.py; every setting is checked against the first."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ ROUNDS = 3  # of all settings in turns, so that a clock that drifts meets all of
 def configs(mask: Mask, dim: int) -> Iterator[HopperConfig]:
     """The default first."""
     default = pick_hopper(mask, HEADS // KV_HEADS, dim)
-    slots = {(default.k_slots, default.v_slots), (default.v_slots, default.k_slots)}
-    for loaders in (1, 2):
-        for k_slots, v_slots in sorted(slots, reverse=True):
-            yield replace(default, k_slots=k_slots, v_slots=v_slots, loaders=loaders)
-        for narrow in (32, 64, 128):
-            if narrow != default.narrow:
-                yield replace(default, narrow=narrow, loaders=loaders)
+    yield default
+    if default.k_slots != default.v_slots:
+        yield replace(default, k_slots=default.v_slots, v_slots=default.k_slots)
+    for narrow in (32, 64, 128):
+        if narrow != default.narrow:
+            yield replace(default, narrow=narrow)
 
 
 def prepare(mask: Mask, config: HopperConfig, q: Any, k: Any, v: Any) -> Any:
@@ -84,6 +83,6 @@ def measure(report: Report, pattern: Pattern, length: int, dim: int) -> None:
     medians = [statistics.median(found) for found in times]
     flops = 4 * HEADS * pattern.pairs(length) * dim
     for config, ms, off in zip(tried, medians, apart, strict=True):
-        report.add(mask=pattern.key, length=length, dim=dim, loaders=config.loaders,
-                   k_slots=config.k_slots, v_slots=config.v_slots, narrow=config.narrow, ms=ms,
-                   tflops=flops / ms / 1e9, of_default=medians[0] / ms, apart=off)
+        report.add(mask=pattern.key, length=length, dim=dim, k_slots=config.k_slots,
+                   v_slots=config.v_slots, narrow=config.narrow, ms=ms, tflops=flops / ms / 1e9,
+                   of_default=medians[0] / ms, apart=off)

@@ -21,7 +21,7 @@ from benchmarks.measure import Report, current_commit
 QUESTIONS = ("forward", "dense", "million", "cold", "host", "cpu", "sweep",
              "vertical_slash", "triangle", "estimate", "cost", "compare", "probe", "quality",
              "passkey", "ttft", "compiled", "backward", "backward_sweep", "hopper_backward",
-             "hopper_configs")
+             "hopper_configs", "coverage")
 
 
 def main() -> None:
@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--commit", default="", help="default: the checked-out commit")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin nothing new of cost, "
-                        "compiled, ttft, backward* and hopper_configs after so many minutes each "
-                        "(default: no limit)")
+                        "compiled, ttft, backward*, coverage and hopper_configs after so many "
+                        "minutes each (default: no limit)")
     arguments, rest = parser.parse_known_args()
     if rest and arguments.questions != ["compare"]:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -72,9 +72,8 @@ def hopper_candidates(mask: Mask, group: int, head_dim: int, value_dim: int = 0,
     made = (replace(default, heads_packed=n, narrow=narrow) for n in packed
             for narrow in (32, 64, 128) if narrow <= default.block_n)
     rooms: tuple[HopperConfig, ...] = ()
-    if by_name:  # not measured: other ways to divide shared memory, and two warps that load
+    if by_name:  # not measured: other ways to divide shared memory
         rooms = tuple(room_config(default, *room) for room in other_rooms(head_dim, value_dim))
-        rooms = (*rooms, replace(default, loaders=2))
     return tuple(dict.fromkeys((default, *made, *rooms)))
 
 

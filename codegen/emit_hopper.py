@@ -31,12 +31,11 @@ NO_LISTS = ("        # <JOIN_STATE>\n", "            # <LOAD_SIDES>\n", "       
             "        # <AFTER_SIDES>\n", "    # <LISTED_FULL>\n", "<MORE>")
 
 
-def emit_hopper(*plans: Plan, groups: tuple[int, ...] = (), loaders: int = 1) -> str:
+def emit_hopper(*plans: Plan, groups: tuple[int, ...] = ()) -> str:
     """The kernel file of a plan whose tiles are grains, or of one for each kind of head, costliest
     first; equal plans give equal text.
 
-    groups   of several kinds: groups of packed heads of each, in one batch entry
-    loaders  warps that load: 1, or 2, one for keys and one for values
+    groups  of several kinds: groups of packed heads of each, in one batch entry
     """
     from maskdsl.codegen import emit_hopper_kinds as kinds
     from maskdsl.codegen.emit_hopper_sieve import ADD, list_names, sieve_pieces
@@ -47,7 +46,7 @@ def emit_hopper(*plans: Plan, groups: tuple[int, ...] = (), loaders: int = 1) ->
     names = kinds.own_names(plans) if several else state_names(plan)
     own = list_names(plan) if sieve else names
     letter = [*LETTER, *own]
-    pieces = common_pieces(*plans, loaders=loaders) | {
+    pieces = common_pieces(*plans) | {
         "# <MASK_TILE>\n": kinds.kind_functions(plans) if several else
                            (ADD if sieve else "") + mask_text(plan),
         "    # <WRITE>\n": indent(tuple(f"text = gl.where(place == {i}, {name}, text)"
@@ -73,52 +72,10 @@ def emit_hopper(*plans: Plan, groups: tuple[int, ...] = (), loaders: int = 1) ->
     return fill_template(read_template("hopper"), pieces)
 
 
-LOADER = """\
-        (produce, (q_desc, k_desc, v_desc, k_grain_desc, v_grain_desc, q_s, k_s, v_s, q_full,
-                   q_empty, k_full, k_empty, v_full, v_empty, mail_full, mail_empty, mail,
-                   own_table, items, group<MORE>, <CONSTANT_NAMES>, <LOADS>)),
-"""
-PLANNER = """\
-        (hand_out, (mail_full, mail_empty, mail, queue, items, q_tiles, batch_groups, groups,
-                    section, split_first, split_count, splits, round_magic, round_shift,
-                    section_magic, section_shift, groups_magic, groups_shift, q_len, kv_len,
-                    q_offset, total_len<MORE>, own_table,
-                    <CONSTANT_NAMES>)),
-"""
-
-
-def partition_pieces(loaders: int) -> dict[str, str]:
-    """Who loads and who plans: the first four warps, which no kernel does without, and the last.
-
-    One loader brings keys and values in turns. Of two neither waits for the other: keys of the next
-    step come before values of this one are asked for, which is the order in which both are used,
-    and the places of an item's loose grains are worked out side by side. Either is a single warp,
-    which needs no barrier of four before each copy; planning has the time for those. Keys come
-    early then, so the computing groups hand them back together with values: two barriers less a
-    step than one by one.
-    """
-    loads = ["1, 0", "0, 1"] if loaders == 2 else ["1, 1"]
-    load = [LOADER.replace("<LOADS>", which) for which in loads]
-    first, last = ([PLANNER], load) if loaders == 2 else (load, [PLANNER])
-    pieces = {"# <KEYS_READ>": "mbarrier.arrive(k_empty.index(k_slot), count=1)",
-              "# <LAST_KEYS_READ>": "mbarrier.arrive(k_empty.index(k_slot), count=1, pred=more)"}
-    back = {"            # <KEYS_BACK>\n": "            mbarrier.arrive(k_done, count=1)\n",
-            "        # <KEYS_BACK>\n": "        mbarrier.arrive(k_done, count=1)\n",
-            "        # <LAST_KEYS_BACK>\n": "        mbarrier.arrive(k_done, count=1, pred=more)\n"}
-    if loaders == 2:
-        pieces = dict.fromkeys(pieces, "k_done = k_empty.index(k_slot)") | back
-    else:
-        pieces |= dict.fromkeys(back, "")
-    return pieces | {
-        "<READERS>": str(2 + loaders), "        # <FIRST>\n": "".join(first),
-        "        # <LAST>\n": "".join(last), "<WARPS>": ", 1" * len(last),
-        "<LEAST>": ", 24" * len(last)}
-
-
-def common_pieces(*plans: Plan, loaders: int) -> dict[str, str]:
+def common_pieces(*plans: Plan) -> dict[str, str]:
     """What static masks and those with call-time data fill in alike."""
     order, which = ("light - 1 - place", "last") if plans[0].last_first else ("place", "first")
-    return partition_pieces(loaders) | {
+    return {
         "<HEADER>\n": "".join(map(header_text, plans)),
         "    # <TILE_ORDER>\n": indent((
             f"# the {which} query tiles see most keys: they start first", f"q_tile = {order}")),

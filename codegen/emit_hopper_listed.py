@@ -37,8 +37,7 @@ LOAD_SIDES = (
     "        k_slot, k_phase, v_slot, v_phase = load_side(",
     "            t, mail.index(letter), k_desc, v_desc, k_grain_desc, v_grain_desc, k_s, v_s,",
     "            k_grains, v_grains, k_full, k_empty, v_full, v_empty, k_slot, k_phase, v_slot,",
-    "            v_phase, kv_head<MORE>, BLOCK_N, GRAIN, K_SLOTS, V_SLOTS, side == 1, KEYS,",
-    "            VALUES)",
+    "            v_phase, kv_head<MORE>, BLOCK_N, GRAIN, K_SLOTS, V_SLOTS, side == 1)",
 )
 AFTER_SIDES = (
     "if WARP_GROUP == 0:",
@@ -60,7 +59,7 @@ LOAD_LOOSE = '''\
     of at most 64 elements a row, as wide as the swizzle: HALVES of them side by side are a part."""
 '''
 LOAD_STEP = '''\
-    """Keys and values of step n of an item, or what of both this warp loads."""
+    """Keys or values of step n of an item."""
 '''
 READ_STATE = """\
     letter = state
@@ -96,7 +95,7 @@ def fits_listed_letter(plan: Plan) -> bool:
     return len(LETTER) + len(numbers_of(plan).names) - 2 <= LETTER_SIZE
 
 
-def emit_listed(plan: Plan, loaders: int = 1) -> str:
+def emit_listed(plan: Plan) -> str:
     """The kernel file of a plan whose tiles are grains; equal plans give equal text."""
     names = [*LETTER, *numbers_of(plan).names[2:]]
     first = len(LETTER)
@@ -107,7 +106,7 @@ def emit_listed(plan: Plan, loaders: int = 1) -> str:
              f"text = gl.where(place < {first}, text, more)")
     sides = has_sides(plan)
     join = in_gluon(join_lines(plan))
-    pieces = common_pieces(plan, loaders=loaders) | {
+    pieces = common_pieces(plan) | {
         "    # <BOUNDS>\n": indent(find_lines(plan)),
         "# <MASK_TILE>\n": mask_functions(plan) +
                            (read_template("hopper_side_functions") if sides else ""),
@@ -160,8 +159,9 @@ def listed_template(plan: Plan) -> str:
     text = patch(text, "            # <LOAD_SIDES>\n", "            # <LOAD_SIDES>\n" + arrive)
     text = patch(text, LOAD_LOOSE, LOAD_LOOSE + READ_STATE)
     text = patch(text, LOAD_STEP, LOAD_STEP + READ_STATE)
-    for name, count in (("def load_loose(desc", 1), ("load_loose(k_grain_desc", 2),
-                        ("load_loose(v_grain_desc", 2), ("n, masked_steps", 2)):
+    for name, count in (("def load_loose(desc", 1), ("load_loose(grain_desc", 1),
+                        ("load_loose(k_grain_desc", 1), ("load_loose(v_grain_desc", 1),
+                        ("load_step(n, masked_steps", 2), ("load_step(n + 1, masked_steps", 1)):
         assert text.count(f"{name}, ") == count, f"the template has changed near {name!r}"
         text = text.replace(f"{name}, ", f"{name}<MORE>, ")
     text = text.replace("loose, state, BLOCK_N, GRAIN, BLOCK_N",
@@ -185,9 +185,13 @@ def with_copies(text: str, plan: Plan) -> str:
     head = state_index(plan, "column_head")
     text = text.replace(COPY, indent(tuple(line.format(head) for line in COPY_COLUMNS), 3))
     text = text.replace("def load_loose(desc,", "def load_loose(desc, column_desc,")
-    for name in ("k", "v"):
-        text = text.replace(f"load_loose({name}_grain_desc,",
-                            f"load_loose({name}_grain_desc, {name}_column_desc,")
+    text = patch(text, " desc, grain_desc, ring", " desc, grain_desc, column_desc, ring")
+    for name in ("", "k_", "v_"):
+        text = patch(text, f"load_loose({name}grain_desc,",
+                     f"load_loose({name}grain_desc, {name}column_desc,")
+        if name:
+            text = patch(text, f" {name}grain_desc, {name}s,",
+                         f" {name}grain_desc, {name}column_desc, {name}s,")
     # in signatures and calls alike, over line ends too
     return re.sub(r"k_grain_desc,(\s+)v_grain_desc,",
                   r"k_grain_desc, v_grain_desc,\1k_column_desc, v_column_desc,", text)

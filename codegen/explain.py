@@ -264,7 +264,9 @@ def explain_call(request: Request) -> Explanation:
     if request.rates is not None and not is_traceable(mask):
         why = "the mask holds a function that cannot be compiled into the kernel"
     elif request.rates is not None and lists.listed and request.data is None:
-        why = f"{', '.join(map(repr, lists.atoms))} decide, and their data was not given"
+        names = ", ".join(map(repr, lists.atoms))
+        why = f"{names} decides, and its data was not given" if len(lists.atoms) == 1 else \
+            f"{names} decide, and their data was not given"
     elif request.rates is not None:
         prediction = predict_call(request, works)
         there = request.dense_rates or request.rates

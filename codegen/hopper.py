@@ -27,6 +27,7 @@ from maskdsl.codegen.hopper_cut import (
     value_parts,
 )
 from maskdsl.codegen.hopper_kernels import combine
+from maskdsl.codegen.kept import make_kept, nothing
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.planner import make_plan
 from maskdsl.codegen.tables import head_table
@@ -96,9 +97,9 @@ class HopperForward:
         """The kernel file for one config."""
         plans = self.plans(config)
         if slots_of(self.mask):
-            return emit_listed(plans[0], config.loaders)
+            return emit_listed(plans[0])
         groups = map(len, head_groups(self.mask, config.heads_packed))
-        return emit_hopper(*plans, groups=tuple(groups), loaders=config.loaders)
+        return emit_hopper(*plans, groups=tuple(groups))
 
     def default_source(self, head_dim: int) -> str:
         """The kernel file for four query heads a key/value head."""
@@ -149,11 +150,11 @@ class HopperForward:
         sizes = (cut.splits * batch * heads * rows, width)
 
         own_table = self.own_table(plans[0], config, shape, grid, device)
-        nothing = torch.empty(1, dtype=torch.float32, device=device)  # of the type of real parts
+        no_parts = nothing(torch.float32, device)  # of the type of real ones
 
         def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
             result, out, lse = make_out(q)
-            parts = part_lse = nothing
+            parts = part_lse = no_parts
             if cut.split_count:
                 parts = torch.empty(sizes, dtype=torch.float32,
                                     device=device)
@@ -256,5 +257,5 @@ def queue(device: torch.device) -> torch.Tensor:
         return torch.zeros(2, dtype=torch.int32, device=device)
     key = (device.index or 0, torch.cuda.current_stream(device).cuda_stream)
     if key not in _queues:
-        _queues[key] = torch.zeros(2, dtype=torch.int32, device=device)
+        _queues[key] = make_kept(lambda: torch.zeros(2, dtype=torch.int32, device=device), device)
     return _queues[key]

@@ -28,7 +28,7 @@ LARGEST_DIM = 256
 # bytes of shared memory for queries, keys, values and output; barriers and letters take the rest
 RING_BYTES = 229376
 # (places for the queries of an item, keys of a tile, slots of keys and of values), best first
-ROOMS = ((2, 128, 3, 3), (2, 128, 3, 2), (2, 128, 2, 2), (1, 128, 2, 2), (2, 64, 4, 4),
+ROOMS = ((2, 128, 3, 3), (2, 128, 2, 3), (2, 128, 2, 2), (1, 128, 2, 2), (2, 64, 4, 4),
          (2, 64, 3, 3), (1, 64, 3, 3), (1, 64, 3, 2), (1, 64, 2, 2))
 ELEMENT = 2  # bytes: the kernel takes 16-bit inputs
 L2_BYTES = 32 << 20  # keys and values of the heads that run side by side should fit the L2 cache
@@ -46,7 +46,6 @@ class HopperConfig:
     block_n       keys of a tile
     letters       items whose queries are in shared memory: 2, or 1 where they are large; then the
                   next item's queries replace them as soon as the last scores are there
-    loaders       warps that load: 1, or 2, one for keys and one for values (not measured yet)
     padded        rows of 65 to 96 elements are padded to 128; else they are kept as three times 32
     """
 
@@ -58,7 +57,6 @@ class HopperConfig:
     block_n: int = BLOCK_N
     letters: int = 2
     padded: bool = True
-    loaders: int = 1
 
     @property
     def tile(self) -> int:

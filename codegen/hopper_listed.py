@@ -22,6 +22,7 @@ from maskdsl.codegen.hopper_lists import (
     pick_listed,
     schedule_listed,
 )
+from maskdsl.codegen.kept import nothing
 from maskdsl.codegen.planner import make_plan
 from maskdsl.shape import Shape
 
@@ -96,8 +97,8 @@ def prepare_listed(forward: HopperForward, q: torch.Tensor, k: torch.Tensor, v: 
 
     device = q.device
     calls = ListedCalls(forward, q, k, v, shape, with_lse, config)
-    nothing = torch.empty(1, dtype=torch.float32, device=device)
-    own_table = torch.empty(1, dtype=torch.int32, device=device)  # lists read tables of theirs
+    no_parts = nothing(torch.float32, device)
+    own_table = nothing(torch.int32, device)  # lists read tables of theirs
 
     def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, data: dict[str, Any]) -> Any:
         result, out, lse = make_out(q)
@@ -108,7 +109,7 @@ def prepare_listed(forward: HopperForward, q: torch.Tensor, k: torch.Tensor, v: 
         made = [rebase(d, t) for d, t in zip(pack.made, (q, k, v, k, v, out), strict=True)]
         pack.kernel[(pack.grid,)](
             *made[:5], *map(calls.describe_columns, copies), made[5], q if lse is None else lse,
-            nothing, nothing, queue(device), own_table, *pack.numbers,
+            no_parts, no_parts, queue(device), own_table, *pack.numbers,
             *pack.small.arguments(tables), scale, **pack.constants)
         return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Callable
@@ -369,6 +368,7 @@ def rebase(descriptor: Any, t: torch.Tensor) -> Any:
 
     A copy: its fields were validated once, and validating costs more than the rest of a warm call.
     """
-    fresh = copy.copy(descriptor)
+    fresh = object.__new__(type(descriptor))
+    fresh.__dict__.update(descriptor.__dict__)
     fresh.base = t
     return fresh

@@ -15,6 +15,7 @@ import torch
 import triton
 
 from maskdsl.codegen import slot_kernels as kernels
+from maskdsl.codegen.kept import make_kept
 from maskdsl.codegen.listing import PAD, Lists
 from maskdsl.codegen.lists import blocks_of, is_table
 from maskdsl.dynamic import Columns, Document, ListMask, Prefix, SlotMask, VerticalSlash
@@ -262,4 +263,4 @@ class Tables:
 @lru_cache(maxsize=64)
 def head_table(heads: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 tensor of head numbers, kept for later calls."""
-    return torch.tensor(heads, dtype=torch.int32, device=device)
+    return make_kept(lambda: torch.tensor(heads, dtype=torch.int32, device=device), device)

@@ -58,7 +58,7 @@ from maskdsl.scores import ScoreMod
 
 pytestmark = pytest.mark.gpu
 
-OPTIONS = {"backward": True}
+OPTIONS: dict[str, str] = {}
 TRIANGLE = Sink(8) | Window(512) | LastQ(128)
 MASKS: list[tuple[Mask, bool]] = [
     (TRIANGLE, True), (Full(), True), (Full(), False), (Empty(), True),

@@ -32,7 +32,7 @@ from maskdsl.simplify import simplify
 
 pytestmark = NEEDS_HOPPER
 
-OPTIONS = {"backward": True, "backend": "hopper"}
+OPTIONS = {"backend": "hopper"}
 TRIANGLE = Sink(8) | Window(512) | LastQ(128)
 MASKS: list[tuple[Mask, bool]] = [
     (TRIANGLE, True), (Full(), True), (Full(), False), (Empty(), True),
@@ -95,7 +95,7 @@ def test_many_items_a_program_and_cut_items(mask: Mask) -> None:
     tensors = make_inputs(Case(mask, 9000, 9000, 1, 32, 8, 128, dtype=torch.bfloat16), "cuda")
     weight = torch.randn_like(tensors[0])
     found = []
-    for attn in (maskdsl.compile(mask, backend="triton", backward=True), compiled(mask, *tensors),
+    for attn in (maskdsl.compile(mask, backend="triton"), compiled(mask, *tensors),
                  maskdsl.compile(mask, backend="hopper", backward="atomic")):
         leaves = [t.detach().clone().requires_grad_() for t in tensors]
         found.append(torch.autograd.grad((attn(*leaves) * weight).sum(), leaves))
@@ -111,7 +111,7 @@ def test_strides_and_layout() -> None:
     q = rows.view(2, 500, 8, 64)[:, :, :4]
     k, v = rows.view(2, 500, 8, 64)[:, :, 4:6], rows.view(2, 500, 8, 64)[:, :, 6:]
     attn = maskdsl.compile(Window(100), layout="blhd", **OPTIONS)  # type: ignore[arg-type]
-    plain = maskdsl.compile(Window(100), layout="blhd", backend="triton", backward=True)
+    plain = maskdsl.compile(Window(100), layout="blhd", backend="triton")
     assert attn.refusal(q, k, v, backward=True) == ""
     found = []
     for one in (attn, plain):

@@ -39,7 +39,7 @@ from maskdsl.errors import GradientError
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="a GPU is here: see tests/gpu")
 
-OPTIONS = {"backend": "triton", "backward": True, "tile": (16, 16)}
+OPTIONS = {"backend": "triton", "tile": (16, 16)}
 TRIANGLE = Sink(4) | Window(20) | LastQ(10)
 MASKS: list[tuple[Mask, bool]] = [
     (TRIANGLE, True), (Full(), True), (Full(), False), (Empty(), True), (Window(9, 30), False),
@@ -96,8 +96,7 @@ def test_short_calls_and_dead_rows(lengths: tuple[int, int]) -> None:
 
 
 def test_default_tile() -> None:
-    check_gradients(Case(TRIANGLE, 70, 70, dim=16, options={"backend": "triton",
-                                                            "backward": True}))
+    check_gradients(Case(TRIANGLE, 70, 70, dim=16, options={"backend": "triton"}))
 
 
 def gradients(attn: maskdsl.api.Attention, tensors: tuple[torch.Tensor, ...],
@@ -183,18 +182,18 @@ def test_a_second_derivative_is_told() -> None:
         first.sum().backward()
 
 
-def test_it_must_be_asked_for() -> None:
+def test_it_can_be_refused() -> None:
     q, k, v = make_inputs(Case(TRIANGLE, 20, 20, 1, 2, 1, 16), "cpu")
-    with pytest.raises(GradientError, match=r"(?s)not yet run on a GPU.*backward=True"):
-        maskdsl.compile(TRIANGLE, backend="triton")(q.requires_grad_(), k, v)
+    with pytest.raises(GradientError, match=r"(?s)compiled without gradients.*no_grad"):
+        maskdsl.compile(TRIANGLE, backend="triton", backward=False)(q.requires_grad_(), k, v)
     sinks = torch.zeros(2, requires_grad=True)
-    attn = maskdsl.compile(TRIANGLE, backend="triton", scores=SinkLogits("sinks"))
-    with pytest.raises(GradientError, match="backward=True"):
+    attn = maskdsl.compile(TRIANGLE, backend="triton", scores=SinkLogits("sinks"), backward=False)
+    with pytest.raises(GradientError, match="backward=False"):
         attn(q.detach(), k, v, sinks=sinks)
 
 
-def test_the_torch_backend_takes_the_option() -> None:
+def test_the_torch_backend_is_always_differentiable() -> None:
     q, k, v = make_inputs(Case(TRIANGLE, 20, 20, 1, 2, 1, 16), "cpu")
-    maskdsl.compile(TRIANGLE, backend="torch", backward=True)(q.requires_grad_(), k, v).sum() \
+    maskdsl.compile(TRIANGLE, backend="torch", backward=False)(q.requires_grad_(), k, v).sum() \
         .backward()
     assert q.grad is not None

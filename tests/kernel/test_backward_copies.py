@@ -28,7 +28,7 @@ from maskdsl.codegen.kernel import interpreting
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="a GPU is here: see tests/gpu")
 TRIANGLE = Sink(5) | Window(20) | LastQ(10)
-OPTIONS = {"backend": "triton", "backward": True, "tile": (16, 16)}
+OPTIONS = {"backend": "triton", "tile": (16, 16)}
 VS = VSIndices(torch.tensor([[[1, 2, 30, 45]]]), torch.tensor([[[0, 3, 33]]]))
 
 

@@ -41,7 +41,7 @@ from maskdsl.codegen.tune import Config
 
 needs_interpreter = pytest.mark.skipif(not interpreting(), reason="a GPU is here: see tests/gpu")
 TRIANGLE = Sink(5) | Window(6) | LastQ(10)
-OPTIONS = {"backend": "triton", "backward": True, "tile": (16, 16)}
+OPTIONS = {"backend": "triton", "tile": (16, 16)}
 VS = VSIndices(torch.tensor([[[1, 2, 30, 45]]]), torch.tensor([[[0, 3, 33]]]))
 
 

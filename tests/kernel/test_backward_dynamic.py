@@ -51,7 +51,7 @@ def check_random(mask: Mask, shape: Shape, slots: dict[str, Any], tile: tuple[in
         check_gradients(Case(
             mask, shape.q_len, shape.kv_len, BATCH, HEADS, KV_HEADS, 16, causal=False,
             q_offset=shape.q_offset, total_len=shape.total_len, slots=slots,
-            options={"backend": "triton", "backward": True, "tile": tile}, **more))
+            options={"backend": "triton", "tile": tile}, **more))
 
 
 @settings(max_examples=4)
@@ -81,7 +81,7 @@ def test_scores(data: st.DataObject, mask: Mask, shape: Shape, mods: Any,
 
 
 TRIANGLE = Sink(4) | Window(20) | LastQ(10)
-OPTIONS = {"backend": "triton", "backward": True, "tile": (32, 32)}
+OPTIONS = {"backend": "triton", "tile": (32, 32)}
 VS = VSIndices(torch.tensor([[[1, 2, 30, 45]]]), torch.tensor([[[0, 3, 33]]]))
 
 
@@ -110,7 +110,7 @@ def test_mask(mask: Mask, slots: dict[str, Any]) -> None:
 
 
 def test_the_default_tile() -> None:
-    options = {"backend": "triton", "backward": True}
+    options = {"backend": "triton"}
     check_gradients(Case(VerticalSlash("vs") | TRIANGLE, 75, 75, dim=16, options=options,
                          slots={"vs": VS}, scores=(RelativePosition("table", 40),),
                          data={"table": torch.randn(1, 81)}))

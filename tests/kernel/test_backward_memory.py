@@ -17,7 +17,7 @@ from maskdsl.codegen.kernel import interpreting
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="a GPU is here: see tests/gpu")
 TRIANGLE = Sink(4) | Window(20) | LastQ(10)
-OPTIONS = {"backend": "triton", "backward": True, "tile": (16, 16)}
+OPTIONS = {"backend": "triton", "tile": (16, 16)}
 ROW_NUMBERS = 4 * 2 * 64  # bytes of a float32 for each of 64 rows of 2 heads
 
 

@@ -128,7 +128,7 @@ def test_data_goes_through_a_graph() -> None:
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_gradients(backend: str, return_lse: bool) -> None:
     """Through AOTAutograd, with data of slots and of score modifiers."""
-    attn = maskdsl.compile(TRIANGLE | VerticalSlash("vs"), backend=backend, backward=True,
+    attn = maskdsl.compile(TRIANGLE | VerticalSlash("vs"), backend=backend,
                            scores=[SinkLogits("sinks"), Bias("bias")])
     sinks = torch.randn(4, requires_grad=True)
     bias = torch.randn(1, 1, 30, 30)  # wants no gradient
@@ -150,11 +150,11 @@ def test_gradients(backend: str, return_lse: bool) -> None:
 
 
 @pytest.mark.skipif(not interpreting(), reason="a GPU is here")
-def test_gradients_of_kernels_are_asked_for_and_taken_once() -> None:
+def test_gradients_of_kernels_can_be_refused_and_are_taken_once() -> None:
     q, k, v = inputs(20, grad=True)
-    with pytest.raises(Exception, match="must be asked for"):
-        compiled(maskdsl.compile(TRIANGLE, backend="triton"))[0](q, k, v).sum()
-    attn = maskdsl.compile(TRIANGLE, backend="triton", backward=True, layout="blhd")
+    with pytest.raises(Exception, match="compiled without"):
+        compiled(maskdsl.compile(TRIANGLE, backend="triton", backward=False))[0](q, k, v).sum()
+    attn = maskdsl.compile(TRIANGLE, backend="triton", layout="blhd")
     leaves = [t.detach().transpose(1, 2).requires_grad_() for t in (q, k, v)]
     out, _ = maskdsl.ops.attention(*leaves, [], attn._key, "", None, None, None, True)
     first, = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
@@ -167,7 +167,7 @@ def test_gradients_of_kernels_are_asked_for_and_taken_once() -> None:
 def test_checkpointing_in_a_graph(backend: str) -> None:
     from torch.utils.checkpoint import checkpoint
 
-    attn = maskdsl.compile(TRIANGLE, backend=backend, backward=True)
+    attn = maskdsl.compile(TRIANGLE, backend=backend)
     run, _ = compiled(lambda *t: checkpoint(attn, *t, use_reentrant=False).square().sum())
     leaves, eager = inputs(30, grad=True), inputs(30, grad=True)
     run(*leaves).backward()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +35,6 @@ from maskdsl import (
 from maskdsl.codegen import hopper, hopper_listed
 from maskdsl.codegen.hopper import HopperForward
 from maskdsl.codegen.hopper_cut import refuse_mask
-from maskdsl.codegen.hopper_lists import pick_listed
 from maskdsl.codegen.kernel import LOG2_E, output_maker
 from maskdsl.dense import dense_attention
 from maskdsl.dynamic import slots_of
@@ -71,12 +69,6 @@ def make_data(mask: Mask, length: int, heads: int) -> dict[str, Any]:
     return {atom.slot: data[atom.slot] for atom in slots_of(mask)}
 
 
-def load_with(monkeypatch: pytest.MonkeyPatch, loaders: int) -> None:
-    """So many warps load, whatever config is picked."""
-    monkeypatch.setattr(hopper_listed, "pick_listed",
-                        lambda *call: replace(pick_listed(*call), loaders=loaders))
-
-
 def check(whole: Mask, shape: Shape, data: dict[str, Any], sizes: tuple[int, int, int], dim: int,
           layout: str) -> None:
     """One call against dense attention; sizes: batch, query heads, key/value heads."""
@@ -96,19 +88,17 @@ def check(whole: Mask, shape: Shape, data: dict[str, Any], sizes: tuple[int, int
     torch.testing.assert_close(out.double(), exact, atol=2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("mask", "heads", "dim", "loaders"), [
-    (VerticalSlash("vs"), 4, 128, 1), (VerticalSlash("vs"), 2, 64, 2),
-    (Sink(8) | Window(70) | LastQ(40) | VerticalSlash("vs"), 4, 64, 2),
-    (Sink(8) | Window(70) | VerticalSlash("vs"), 1, 64, 1),
-    (Columns("cols") | VerticalSlash("vs"), 4, 64, 2), (Columns("cols"), 1, 64, 1),
-    (Blocks("blk", 128, 128) | Sink(4), 1, 128, 2),
-    (Blocks("blk", 128, 128) - Window(64), 4, 64, 1),
-    (VerticalSlash("loose") | Blocks("blk", 128, 128), 4, 64, 1)], ids=repr)
-def test_values_and_lse(mask: Mask, heads: int, dim: int, loaders: int, on_machine: None,
-                        monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("mask", "heads", "dim"), [
+    (VerticalSlash("vs"), 4, 128), (VerticalSlash("vs"), 2, 64),
+    (Sink(8) | Window(70) | LastQ(40) | VerticalSlash("vs"), 4, 64),
+    (Sink(8) | Window(70) | VerticalSlash("vs"), 1, 64),
+    (Columns("cols") | VerticalSlash("vs"), 4, 64), (Columns("cols"), 1, 64),
+    (Blocks("blk", 128, 128) | Sink(4), 1, 128),
+    (Blocks("blk", 128, 128) - Window(64), 4, 64),
+    (VerticalSlash("loose") | Blocks("blk", 128, 128), 4, 64)], ids=repr)
+def test_values_and_lse(mask: Mask, heads: int, dim: int, on_machine: None) -> None:
     """Lists for all heads, for pairs of them and for each: four, two and one head an item. The
     output is float16; the lse is exact."""
-    load_with(monkeypatch, loaders)
     whole = simplify(Causal() & mask)
     kv_heads = 2 if mask == Columns("cols") else 1  # one list, a copy for each key/value head
     check(whole, Shape(330, 460), make_data(whole, 460, heads), (1, 4, kv_heads), dim,
@@ -116,10 +106,8 @@ def test_values_and_lse(mask: Mask, heads: int, dim: int, loaders: int, on_machi
 
 
 @settings(max_examples=5, suppress_health_check=list(HealthCheck))
-@given(dynamic_masks(), shapes(max_len=200), st.data(), st.integers(1, 2))
-def test_random_masks(on_machine: None, monkeypatch: pytest.MonkeyPatch, mask: Mask, shape: Shape,
-                      data: st.DataObject, loaders: int) -> None:
-    load_with(monkeypatch, loaders)
+@given(dynamic_masks(), shapes(max_len=200), st.data())
+def test_random_masks(on_machine: None, mask: Mask, shape: Shape, data: st.DataObject) -> None:
     whole = simplify(mask)
     limit = min((x for m in mask.walk() if (x := m.limit()) is not None), default=1 << 60)
     slots = data.draw(slot_data(mask, shape))
