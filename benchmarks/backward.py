@@ -1,9 +1,10 @@
-"""How fast is the backward pass of a triangle, beside FlexAttention's on the same mask?
+"""How fast is the backward pass: two triangles, a window, dense, beside every peer with gradients.
 
 Each row is the time of the gradients of q, k and v alone, and of forward and backward together, all
-in one run; 32K tokens. A kernel whose gradients differ from ours has no time. cuDNN's flexible
-attention and, without a mask, FlashAttention 4 and cuDNN through SDPA take part where they are
-installed.
+in one run; 32K tokens, one batch entry, 32 query and 8 key/value heads, bfloat16. A kernel whose
+gradients differ from ours has no time. cuDNN's flexible attention, FlashAttention 4 and, without a
+mask, cuDNN through SDPA take part where they are installed; at head dimension 64 only ours and
+FlexAttention.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from benchmarks.peer_fa4 import FlashAttention4
 from benchmarks.peer_flex import mask_mod
 from benchmarks.peers import turn
 
-LENGTH = 32768
+LENGTH, LONG = 32768, 131072
+PATTERNS = (TRIANGLES[1], TRIANGLES[0], Pattern(window=1024), Pattern())
 WRONG = 0.02  # relative difference of a gradient, bfloat16
 Run = Callable[..., torch.Tensor]
 FAILURES = (RuntimeError, ValueError, TypeError, ImportError)
 
 
-def gradient_flops(pattern: Pattern, length: int) -> float:
+def gradient_flops(pattern: Pattern, length: int, dim: int = DIM) -> float:
     """Five products of 2 * D operations a live pair and head: scores again, dP, dV, dK and dQ."""
-    return 10.0 * DIM * HEADS * pattern.pairs(length)
+    return 10.0 * dim * HEADS * pattern.pairs(length)
 
 
 def flex_call(pattern: Pattern, length: int) -> Run:
@@ -62,7 +64,7 @@ def cudnn_call(pattern: Pattern, length: int) -> Run:
 
 
 def fa4_call(pattern: Pattern, length: int) -> Run:
-    """FlashAttention 4, dense causal."""
+    """FlashAttention 4."""
     def call(*leaves: torch.Tensor) -> torch.Tensor:
         ready = FlashAttention4().ready(Case(pattern, length), leaves, 0.0)
         found: torch.Tensor = ready.output(ready.run())
@@ -91,19 +93,36 @@ def is_installed(module: str) -> bool:
         return False
 
 
-def kernels_of(pattern: Pattern, length: int) -> dict[str, Callable[[], Run]]:
-    """What is compared: ours first, the portable kernel by its name."""
+def hopper_call(pattern: Pattern, backward: bool | str = True) -> Run:
+    """The Hopper backward by name, which must take the call."""
+    attn: Any = maskdsl.compile(pattern.mask, backend="hopper", backward=backward)
+
+    def call(*leaves: torch.Tensor) -> torch.Tensor:
+        refused = attn.refusal(*leaves, backward=True)
+        if refused:
+            raise ValueError(refused)
+        out: torch.Tensor = attn(*leaves)
+        return out
+
+    return call
+
+
+def kernels_of(pattern: Pattern, length: int, dim: int = DIM) -> dict[str, Callable[[], Run]]:
+    """What is compared: ours first."""
     found: dict[str, Callable[[], Run]] = {
         "maskdsl, portable": lambda: maskdsl.compile(pattern.mask, backend="triton"),
-        "maskdsl, default": lambda: maskdsl.compile(pattern.mask),
+        "maskdsl, Hopper": lambda: hopper_call(pattern),
+        "maskdsl, Hopper, atomic": lambda: hopper_call(pattern, "atomic"),
         "FlexAttention": lambda: flex_call(pattern, length),
     }
+    if dim != DIM:
+        return {name: found[name] for name in found if "atomic" not in name}
     if is_installed("cudnn.flex_attention"):
         found["cuDNN flex_attention"] = lambda: cudnn_call(pattern, length)
     if pattern.window is None:
         found["cuDNN through SDPA"] = sdpa_call
-        if is_installed("flash_attn.cute"):
-            found["FlashAttention 4"] = lambda: fa4_call(pattern, length)
+    if is_installed("flash_attn.cute"):
+        found["FlashAttention 4"] = lambda: fa4_call(pattern, length)
     return found
 
 
@@ -122,30 +141,60 @@ def measure(run: Run, leaves: tuple[torch.Tensor, ...],
 
 
 def run(report: Report) -> None:
-    """Both triangles and dense causal attention."""
+    """Both triangles, a window and dense causal attention; both head dimensions."""
     from torch._functorch import config
 
     config.donated_buffer = False  # FlexAttention's backward runs many times
-    for pattern in (TRIANGLES[1], TRIANGLES[0], Pattern()):
-        leaves = tuple(t.requires_grad_() for t in make_inputs(LENGTH))
-        grad = torch.randn_like(leaves[0])
-        expected: tuple[torch.Tensor, ...] = ()
-        ours = 0.0
-        for name, make in kernels_of(pattern, LENGTH).items():
-            if report.is_late(f"{name} on {pattern.key}"):
-                continue
-            row: dict[str, Any] = {"mask": pattern.key, "length": LENGTH, "kernel": name}
-            try:
-                found, times = measure(make(), leaves, grad)
-            except FAILURES as error:  # one kernel must not cost the others
-                report.add(**row, failed=f"{type(error).__name__}: {error}"[:200])
-                continue
-            expected = expected or found
-            gap = max(float((a - b).float().norm() / b.float().norm())
-                      for a, b in zip(found, expected, strict=True))
-            if gap > WRONG:
-                report.add(**row, failed=f"gradients differ from ours by {gap:.3f}")
-                continue
-            ours = ours or times["ms"]
-            report.add(**row, **times, tflops=gradient_flops(pattern, LENGTH) / times["ms"] / 1e9,
-                       ms_over_ours=times["ms"] / ours, gap_to_ours=gap)
+    for dim in (DIM, 64):
+        for pattern in PATTERNS:
+            measure_all(report, pattern, dim)
+    if torch.cuda.is_available():
+        measure_memory(report)
+
+
+def measure_all(report: Report, pattern: Pattern, dim: int) -> None:
+    """A row for each kernel."""
+    leaves = tuple(t.requires_grad_() for t in make_inputs(LENGTH, dim=dim))
+    grad = torch.randn_like(leaves[0])
+    expected: tuple[torch.Tensor, ...] = ()
+    ours = 0.0
+    for name, make in kernels_of(pattern, LENGTH, dim).items():
+        if report.is_late(f"{name} on {pattern.key}"):
+            continue
+        row: dict[str, Any] = {"mask": pattern.key, "length": LENGTH, "dim": dim, "kernel": name}
+        try:
+            found, times = measure(make(), leaves, grad)
+        except FAILURES as error:  # one kernel must not cost the others
+            report.add(**row, failed=f"{type(error).__name__}: {error}"[:200])
+            continue
+        expected = expected or found
+        gap = max(float((a - b).float().norm() / b.float().norm())
+                  for a, b in zip(found, expected, strict=True))
+        if gap > WRONG:
+            report.add(**row, failed=f"gradients differ from ours by {gap:.3f}")
+            continue
+        ours = ours or times["ms"]
+        report.add(**row, **times, tflops=gradient_flops(pattern, LENGTH, dim) / times["ms"] / 1e9,
+                   ms_over_portable=times["ms"] / ours, gap_to_portable=gap)
+
+
+def measure_memory(report: Report) -> None:
+    """One training step of a layer at 128K: the most memory beyond inputs, output and gradients."""
+    pattern = TRIANGLES[0]
+    leaves = tuple(t.requires_grad_() for t in make_inputs(LONG))
+    grad = torch.randn_like(leaves[0])
+    for name in ("maskdsl, portable", "maskdsl, Hopper", "maskdsl, Hopper, atomic"):
+        call = kernels_of(pattern, LONG)[name]()
+
+        def step(call: Run = call) -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(call(*leaves), leaves, grad)
+
+        ms = time_ms(step)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        kept = leaves[0].nbytes + sum(t.nbytes for t in leaves)  # the output, the gradients
+        extra = torch.cuda.max_memory_allocated() - before - kept
+        report.add(mask=pattern.key, length=LONG, dim=DIM, kernel=name, with_forward_ms=ms,
+                   mib_beyond_output_and_gradients=extra / 2**20,
+                   mib_of_lse_and_delta=2 * 4 * HEADS * LONG / 2**20)

@@ -20,7 +20,7 @@ from benchmarks.measure import Report, current_commit
 
 QUESTIONS = ("forward", "dense", "million", "cold", "host", "cpu", "sweep",
              "vertical_slash", "triangle", "estimate", "cost", "compare", "probe", "quality",
-             "passkey", "ttft", "compiled", "backward", "backward_sweep", "hopper_backward",
+             "passkey", "ttft", "compiled", "backward", "backward_sweep",
              "hopper_configs", "coverage")
 
 

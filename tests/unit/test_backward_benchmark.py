@@ -18,11 +18,11 @@ from maskdsl.codegen.tune import Config
 
 
 def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    def inputs(length: int) -> tuple[torch.Tensor, ...]:
+    def inputs(length: int, dim: int) -> tuple[torch.Tensor, ...]:
         generator = torch.Generator().manual_seed(length)
         return tuple(torch.randn(1, h, length, 16, generator=generator) for h in (2, 1, 1))
 
-    def kernels(pattern: Pattern, length: int) -> dict[str, Callable[[], Any]]:
+    def kernels(pattern: Pattern, length: int, dim: int) -> dict[str, Callable[[], Any]]:
         attn = maskdsl.compile(pattern.mask, backend="torch")
 
         def broken() -> Any:
@@ -41,9 +41,10 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backward, "time_ms", timed)
     report = Report("backward")
     backward.run(report)
-    assert [row["kernel"] for row in report.rows] == ["ours", "same", "none", "wrong"] * 3
+    assert [row["kernel"] for row in report.rows] == ["ours", "same", "none", "wrong"] * 8
     ours, same, none, wrong = report.rows[:4]
-    assert ours["ms_over_ours"] == same["ms_over_ours"] == 1 and same["gap_to_ours"] == 0
+    assert ours["ms_over_portable"] == same["ms_over_portable"] == 1
+    assert same["gap_to_portable"] == 0
     assert "no such kernel" in none["failed"] and "differ" in wrong["failed"]
     assert config.donated_buffer is False
 
