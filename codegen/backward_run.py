@@ -21,7 +21,6 @@ from maskdsl.codegen.kernel import (
     fits_tma,
     kernel_constants,
     live_strides,
-    rebase,
     slot_arguments,
 )
 from maskdsl.codegen.row_tables import RowTables
@@ -123,7 +122,9 @@ class Run:
 
     def tiles_of(self, t: Tensor, name: str, rows: int, size: str) -> Any:
         """A descriptor of tiles of some rows of one head."""
-        return rebase(describe(t, self.strides[name], rows, self.constants[size]), t)
+        made = describe(t, self.strides[name], rows, self.constants[size])
+        made.base = t
+        return made
 
     def query_gradients(self) -> dict[str, Tensor]:
         """dQ; the sums of the ends of tables of distances, float32 [B, Hq, Lq] by name."""
@@ -229,9 +230,8 @@ class Run:
 
     def options(self, config: Config) -> dict[str, Any]:
         """Constants and launch options of one kernel."""
-        return {**backward_constants(config, self.q.dtype, self.q.shape[3], self.v.shape[3],
-                                     self.align),
-                "num_warps": config.warps, "num_stages": config.stages}
+        return {**self.constants, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+                "STAGES": config.stages, "num_warps": config.warps, "num_stages": config.stages}
 
 
 def fits_rows(t: Tensor) -> bool:

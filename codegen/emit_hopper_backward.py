@@ -19,7 +19,8 @@ from maskdsl.text import write_integer
 from maskdsl.trace import K
 
 # compile-time constants that all functions of a file share
-CONSTANTS = ("BY_KEY", "ADDS", "OWN_HEADS", "OWN_SPAN", "PASS_HEADS", "TILE", "GRAIN", "SLOTS")
+CONSTANTS = ("BY_KEY", "ADDS", "OWN_HEADS", "OWN_SPAN", "PASS_HEADS", "TILE", "GRAIN", "DOWN",
+             "SLOTS")
 LETTER = ("item", "batch", "head", "tile", "part", "loose", "masked", "full", "first", "last",
           "border")
 LETTER_SIZE = 32
@@ -39,7 +40,7 @@ LOADER = """\
         (produce, (a_desc, b_desc, c_desc, d_desc, c_grain_desc, d_grain_desc, lse_ptr, delta_ptr,
                    a_s, b_s, c_s, d_s, own_full, own_empty, c_full, d_full, empty, mail_full,
                    mail_empty, mail, marks, lse_s, delta_s, items, share, members, heads, q_len,
-                   q_offset,
+                   q_offset, scale_log2,
                    <CONSTANT_NAMES>)),
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,18 @@ from maskdsl.codegen.hopper_backward_cut import (
     refuse_mask,
     section_of,
 )
-from maskdsl.codegen.hopper_backward_kernels import sum_parts, sum_products
+from maskdsl.codegen.hopper_backward_kernels import round_sums, sum_parts, sum_products
 from maskdsl.codegen.hopper_cut import GRAIN, ROWS, Schedule
-from maskdsl.codegen.kernel import LEAST_SCALE, LOG2_E, TritonForward, fits_tma, live_strides
+from maskdsl.codegen.hopper_reduce import refuse_adding
+from maskdsl.codegen.kernel import (
+    LEAST_SCALE,
+    LOG2_E,
+    TritonForward,
+    fits_tma,
+    live_strides,
+    rebase,
+)
+from maskdsl.errors import BackendError
 from maskdsl.expr import Mask
 from maskdsl.scores import ScoreMod
 from maskdsl.settings import debug
@@ -32,12 +42,14 @@ if TYPE_CHECKING:
     from maskdsl.codegen.gradients import Backward
 
 Tensor = torch.Tensor
-SLOTS = {(64, False): 4, (128, False): 3, (128, True): 2}  # passing tiles in flight, by head
+SLOTS = {(64, False): 4, (128, False): 3, (128, True): 3}  # passing tiles in flight, by head
 # dimension and whether dQ is added up beside dK and dV: what shared memory holds
 REGISTERS = {(True, 128): 232, (True, 64): 200, (False, 128): 216, (False, 64): 200}  # of a
 # computing thread, by side (keys?) and head dimension: what ptxas needs to spill nothing in loops
 ADDS_DIM = 128  # the head dimension at which dQ can be added up beside dK and dV
 HALF = 64  # own rows of a computing warp group
+LAUNCHES_KEPT = 256  # kinds of tensors of which launches are kept
+SUM_BOX = (128, 32)  # what a warp group adds to dQ at a time: threads, numbers of each
 SUM_ROWS = 32  # rows a program of the small kernels
 
 
@@ -58,8 +70,12 @@ class HopperBackward:
     scores: tuple[ScoreMod, ...] = ()  # it takes no score modifiers
 
     def __init__(self, mask: Mask, share: int, adds: bool = False) -> None:
-        self.by_query, self.by_key = QuerySide(mask, share), KeySide(mask, share)
-        self.all_by_key = KeySide(mask, share, True) if adds else None
+        """adds: raises where Triton cannot."""
+        if adds and (refused := refuse_adding()):
+            raise BackendError("backward='atomic'", refused, "backward=True")
+        self.by_query = SideKernel(QuerySide(mask, share))
+        self.by_key = SideKernel(KeySide(mask, share))
+        self.all_by_key = SideKernel(KeySide(mask, share, True)) if adds else None
 
     def run(self, call: Backward, tensors: tuple[Tensor, ...], grad_out: Tensor,
             grad_lse: Tensor | None, wanted: tuple[bool, bool], data: dict[str, Any],
@@ -81,17 +97,54 @@ class HopperBackward:
         numbers = lse, delta
         if dq is not None and dk is not None and dv is not None and self.all_by_key is not None \
                 and dim == ADDS_DIM:
-            sums = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-            launch(self.all_by_key, call, (k, v), (q, grad_out), (dk, dv), numbers, sums)
-            sum_parts[(-(-rows // SUM_ROWS), heads, batch)](
-                sums, dq, *dq.stride()[:3], heads, rows, 0, rows, 1, call.scale, DIM=dim,
-                BLOCK=SUM_ROWS)
+            side = self.all_by_key.side
+            grid = sum_tiles(side, q)
+            sums = torch.zeros(sum_rows(side, q), SUM_BOX[1], dtype=torch.float32, device=q.device)
+            self.all_by_key(call, (k, v), (q, grad_out), (dk, dv), numbers, sums)
+            round_sums[grid](sums, dq, *dq.stride()[:3], rows, call.scale,
+                             HEADS=int(side.constants["PASS_HEADS"]))
             return dq, dk, dv
         if dq is not None:
-            launch(self.by_query, call, (q, grad_out), (k, v), (dq,), numbers)
+            self.by_query(call, (q, grad_out), (k, v), (dq,), numbers)
         if dk is not None and dv is not None:
-            launch(self.by_key, call, (k, v), (q, grad_out), (dk, dv), numbers)
+            self.by_key(call, (k, v), (q, grad_out), (dk, dv), numbers)
         return dq, dk, dv
+
+
+def sum_tiles(side: Side, q: Tensor) -> tuple[int, int, int]:
+    """Tiles of 64 queries: of positions, of groups of heads that pass together, of the batch."""
+    batch, heads, rows, _ = q.shape
+    together = int(side.constants["PASS_HEADS"])
+    return -(-rows * together // PASS_ROWS), heads // together, batch
+
+
+def sum_rows(side: Side, q: Tensor) -> int:
+    """Rows of the sums of dQ: two boxes for each tile."""
+    return 2 * SUM_BOX[0] * math.prod(sum_tiles(side, q))
+
+
+class SideKernel:
+    """The kernel of one side, and its launches decided so far: deciding takes milliseconds."""
+
+    def __init__(self, side: Side) -> None:
+        self.side = side
+        self.launches: dict[tuple[Any, ...], Launch] = {}
+
+    def __call__(self, call: Backward, own: tuple[Tensor, Tensor], passing: tuple[Tensor, Tensor],
+                 results: tuple[Tensor, ...], numbers: tuple[Tensor, Tensor],
+                 sums: Tensor | None = None) -> None:
+        """Compute the gradients of one side; numbers: lse and delta, float32 [B, Hq, Lq]."""
+        tensors = (*own, *passing, *results)
+        key = (call.shape, call.scale, own[0].dtype, own[0].device,
+               *((t.shape, t.stride()) for t in tensors))
+        made = self.launches.get(key)
+        if made is None:
+            if len(self.launches) >= LAUNCHES_KEPT:
+                self.launches.clear()
+            made = self.launches[key] = plan_launch(
+                self.side, call.shape, call.scale, own, passing, results,
+                torch.cuda.get_device_properties(own[0].device).multi_processor_count)
+        made.run((*own, *passing), results, numbers, sums)
 
 
 @lru_cache(maxsize=256)
@@ -122,7 +175,8 @@ def blocks_of(side: Side, dim: int) -> list[tuple[int, ...]]:
     own = (1, half, HALF // half, dim)
     passing = (1, heads, PASS_ROWS // heads, dim)
     grain = (1, 1, GRAIN, 64)
-    return [own, own, passing, passing, grain, grain, own, own]
+    return [own, own, passing, passing, grain, grain, own, own,
+            *([SUM_BOX] if constants["ADDS"] else [])]
 
 
 def constants_of(side: Side, dim: int) -> dict[str, Any]:
@@ -136,77 +190,89 @@ def constants_of(side: Side, dim: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of one side's kernel, decided without a GPU.
+    """What launches of one side share whose tensors look alike, decided without a GPU.
 
-    own      k and v, or q and the output's gradient; passing: the other two
-    results  dk and dv, or dq
-    cut      the items; parts: float32 results of those that are cut, for each result
+    tiled      what TMA copies, in the kernel's order: templates for `rebase`
+    added      the same of the sums of dQ; None where they are not added
+    cut        the items
+    part_size  elements of the float32 parts of each result; 0 where no item is cut
+    scalars    in the kernel's order; constants: constexpr arguments and options
     """
 
     side: Side
-    own: tuple[Tensor, Tensor]
-    passing: tuple[Tensor, Tensor]
-    results: tuple[Tensor, ...]
+    kernel: Any
+    grid: tuple[int]
+    tiled: tuple[Any, ...]
+    added: Any
     cut: Schedule
-    parts: tuple[Tensor, ...]
+    part_size: int
+    scalars: tuple[int | float, ...]
+    constants: dict[str, Any]
 
-    @property
-    def tiled(self) -> list[tuple[Tensor, tuple[int, ...]]]:
-        """What TMA copies, with its boxes, in the kernel's order."""
-        tensors = (*self.own, *self.passing, *self.passing, self.results[0], self.results[-1])
-        return list(zip(tensors, blocks_of(self.side, self.own[0].shape[3]), strict=True))
+    def run(self, inputs: tuple[Tensor, ...], results: tuple[Tensor, ...],
+            numbers: tuple[Tensor, Tensor], sums: Tensor | None) -> None:
+        """Launch the kernel, and what adds up parts.
 
-    def pointers(self, lse: Tensor, delta: Tensor, sums: Tensor | None,
-                 counters: Tensor) -> tuple[Tensor, ...]:
-        """The other tensors, in the kernel's order.
-
-        sums  float32 [B, Hq, Lq, D], to which dQ / scale is added, where the side of keys adds
+        inputs  the owning two, the passing two; results: dk and dv, or dq
+        sums    float32 [`sum_rows`, 32], to which dQ / scale is added, where the side of keys adds
+                (`round_sums` tells their order)
         """
-        return (lse, delta, self.parts[0], self.parts[-1], lse if sums is None else sums, counters)
-
-    def numbers(self, shape: Shape, scale: float, heads: int) -> tuple[int | float, ...]:
-        """The scalars, in the kernel's order; heads: query heads."""
-        batch, owners = self.own[0].shape[:2]
-        groups = owners // int(self.side.constants["OWN_HEADS"])
-        cut = self.cut
-        return (cut.items, cut.q_tiles, groups * batch, groups, cut.section, cut.split_first,
-                cut.split_count, cut.splits, self.side.share, self.side.members, heads,
-                shape.q_len, shape.kv_len, shape.q_offset, shape.total_len,
-                max(scale, LEAST_SCALE) * LOG2_E, scale)
+        device = inputs[0].device
+        parts = tuple(torch.empty(self.part_size, dtype=torch.float32, device=device)
+                      for _ in results if self.part_size)
+        self.kernel[self.grid](
+            *map(rebase, self.tiled, in_order(inputs, results)),
+            None if sums is None else rebase(self.added, sums),
+            *pointers(numbers, parts, queue(device)), *self.scalars, **self.constants)
+        for part, result in zip(parts, results, strict=bool(parts)):
+            join(part, result, self.side, self.cut)
 
 
-def plan_launch(side: Side, shape: Shape, own: tuple[Tensor, Tensor],
+def in_order(inputs: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors that TMA copies, in the kernel's order; c and d again in grains."""
+    return (*inputs, *inputs[2:], results[0], results[-1])
+
+
+def pointers(numbers: tuple[Tensor, Tensor], parts: tuple[Tensor, ...],
+             counters: Tensor) -> tuple[Tensor, ...]:
+    """The other tensors, in the kernel's order; any of their type for one that is not used."""
+    lse = numbers[0]
+    first, last = (parts[0], parts[-1]) if parts else (lse, lse)
+    return (*numbers, first, last, counters)
+
+
+def plan_launch(side: Side, shape: Shape, scale: float, own: tuple[Tensor, Tensor],
                 passing: tuple[Tensor, Tensor], results: tuple[Tensor, ...],
                 processors: int) -> Launch:
-    """Cut a call for so many multiprocessors, and make room for its parts."""
+    """Decide all about launches with tensors that look like these, for so many multiprocessors."""
     batch, owners, _, dim = own[0].shape
     own_heads = int(side.constants["OWN_HEADS"])
-    groups = owners // own_heads * batch
-    cut = cut_call(side, shape, groups, section_of(side, shape, dim, groups), processors,
-                   4 * dim * len(results) * own_heads)
-    size = cut.splits * batch * owners * rows_of(side, cut) * dim or 1
-    parts = tuple(torch.empty(size, dtype=torch.float32, device=own[0].device) for _ in results)
-    return Launch(side, own, passing, results, cut, parts)
+    groups = owners // own_heads
+    cut = cut_call(side, shape, groups * batch, section_of(side, shape, dim, groups * batch),
+                   processors, 4 * dim * len(results) * own_heads)
+    heads = (passing if isinstance(side, KeySide) else own)[0].shape[1]
+    scalars = (cut.items, cut.q_tiles, groups * batch, groups, cut.section, cut.split_first,
+               cut.split_count, cut.splits, side.share, side.members, heads, shape.q_len,
+               shape.kv_len, shape.q_offset, shape.total_len, max(scale, LEAST_SCALE) * LOG2_E,
+               scale)
+    tensors = in_order((*own, *passing), results)
+    tiled = tuple(describe(t, box) for t, box in zip(tensors, blocks_of(side, dim), strict=False))
+    added = describe_sums(sum_rows(side, passing[0])) if side.constants["ADDS"] else None
+    return Launch(side, kernel_of(side), (min(cut.items, processors),), tiled, added, cut,
+                  cut.splits * batch * owners * rows_of(side, cut) * dim, scalars,
+                  constants_of(side, dim))
 
 
-def launch(side: Side, call: Backward, own: tuple[Tensor, Tensor], passing: tuple[Tensor, Tensor],
-           results: tuple[Tensor, ...], numbers: tuple[Tensor, Tensor],
-           sums: Tensor | None = None) -> None:
-    """Compute the gradients of one side; numbers: lse and delta, float32 [B, Hq, Lq]."""
-    device = own[0].device
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    made = plan_launch(side, call.shape, own, passing, results, processors)
-    described = []
-    for t, box in made.tiled:
-        described.append(describe(t, box))
-        described[-1].base = t
-    kernel_of(side)[(min(made.cut.items, processors),)](
-        *described, *made.pointers(*numbers, sums, queue(device)),
-        *made.numbers(call.shape, call.scale, numbers[0].shape[1]),
-        **constants_of(side, own[0].shape[3]))
-    if made.cut.split_count:
-        for part, result in zip(made.parts, results, strict=True):
-            join(part, result, side, made.cut)
+def describe_sums(rows: int) -> Any:
+    """The descriptor of the sums of dQ, a template for `rebase`."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = gl.NVMMASharedLayout.get_default_for(list(SUM_BOX), gl.float32)
+    made = TensorDescriptor(torch.empty(0), [rows, SUM_BOX[1]], [SUM_BOX[1], 1], list(SUM_BOX),
+                            layout)
+    made.base = None
+    return made
 
 
 def rows_of(side: Side, cut: Schedule) -> int:

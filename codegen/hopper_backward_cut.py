@@ -34,6 +34,11 @@ from maskdsl.shape import Shape
 
 PASS_ROWS = 64  # rows of a step
 HEAVY = 1.5  # an item is cut only if it is that much longer than the median one; not measured
+# Where dQ is added too: query heads of a step at most, and whether FULL tiles of queries are walked
+# from the last to the first. Both decide how much of Q, dO and dQ is in use at a time, which the L2
+# cache should hold; not measured.
+ADDING_HEADS = 2
+ADDING_DOWN = False
 PART_BYTES = 64 << 20  # most that float32 parts of cut items may take, all own heads together
 
 
@@ -78,14 +83,14 @@ class QuerySide:
         """Query heads of an item, which share its key tiles."""
         return next(n for n in (4, 2, 1) if self.share % n == 0)
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, Any]:
         """The constexpr arguments of the kernel that the mask and the heads decide."""
         return {"BY_KEY": False, "ADDS": False, "OWN_HEADS": self.own_heads,
                 "OWN_SPAN": ROWS // self.own_heads, "PASS_HEADS": 1,
-                "TILE": PASS_ROWS // GRAIN, "GRAIN": GRAIN}
+                "TILE": PASS_ROWS // GRAIN, "GRAIN": GRAIN, "DOWN": False}
 
-    @property
+    @cached_property
     def plan(self) -> Plan:
         """The plan by query in grains."""
         return make_plan(self.mask, ROWS // self.own_heads, GRAIN, PASS_ROWS // GRAIN)
@@ -126,18 +131,20 @@ class KeySide:
     @property
     def pass_heads(self) -> int:
         """Query heads of a step."""
-        return 2 if self.share % 2 == 0 else 1
+        most = ADDING_HEADS if self.adds else 2
+        return 2 if self.share % 2 == 0 and most == 2 else 1
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, Any]:
         """The constexpr arguments of the kernel that the mask and the heads decide."""
         return {"BY_KEY": True, "ADDS": self.adds, "OWN_HEADS": 1, "OWN_SPAN": ROWS,
-                "PASS_HEADS": self.pass_heads, "TILE": 1, "GRAIN": PASS_ROWS // self.pass_heads}
+                "PASS_HEADS": self.pass_heads, "TILE": 1, "GRAIN": PASS_ROWS // self.pass_heads,
+                "DOWN": self.adds and ADDING_DOWN}
 
     @property
     def by_key(self) -> KeyPlan:
         """The plan by key."""
-        return make_key_plan(make_plan(self.mask, PASS_ROWS // self.pass_heads, ROWS, 1))
+        return plan_by_key(self.mask, PASS_ROWS // self.pass_heads)
 
     @cached_property
     def last_first(self) -> bool:
@@ -169,6 +176,12 @@ class KeySide:
 
 
 Side = QuerySide | KeySide
+
+
+@lru_cache(maxsize=256)
+def plan_by_key(mask: Mask, span: int) -> KeyPlan:
+    """The plan of 128 keys and `span` positions; turning bounds round takes milliseconds."""
+    return make_key_plan(make_plan(mask, span, ROWS, 1))
 
 
 def count_places(plan: Plan | KeyPlan, values: dict[str, Any], own: str,
@@ -208,4 +221,5 @@ def section_of(side: Side, shape: Shape, dim: int, groups: int) -> int:
     if isinstance(side, QuerySide):
         return pick_section(side.mask, shape.kv_len, 2 * 2 * dim, groups,
                             side.share // side.own_heads)
-    return pick_section(side.mask, shape.q_len, 2 * 2 * dim * side.pass_heads, groups, 1)
+    row = 2 * 2 * dim + (4 * dim if side.adds else 0)  # bytes of Q and dO, and of sums of dQ
+    return pick_section(side.mask, shape.q_len, row * side.pass_heads, groups, 1)

@@ -198,29 +198,28 @@ def count_spills(chip: str, text: str, serial: bool = False) -> int:
 
 
 def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, group: int,
-                   *, causal: bool = True, by_name: bool = True,
-                   loaders: int = 1) -> tuple[Compiled, list[list[str]]]:
+                   *, causal: bool = True,
+                   by_name: bool = True) -> tuple[Compiled, list[list[str]]]:
     """Compile the Hopper kernel of a mask for `group` query heads a key/value head; also the
     machine instructions of its loops (`loops_of`)."""
     from maskdsl.codegen.hopper import HopperForward, constants_of, pick_hopper
 
     whole = simplify(Causal() & mask if causal else mask)
-    config = replace(pick_hopper(whole, group, head_dim, value_dim, by_name), loaders=loaders)
+    config = pick_hopper(whole, group, head_dim, value_dim, by_name)
     _, forward = HopperForward(whole).kernel(config)
     return compile_gluon(forward, dtype, hopper_boxes(config, head_dim, value_dim),
                          constants_of(config, head_dim, value_dim, with_lse=True))
 
 
 def compile_listed(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, packed: int,
-                   *, causal: bool = True,
-                   loaders: int = 1) -> tuple[Compiled, list[list[str]]]:
+                   *, causal: bool = True) -> tuple[Compiled, list[list[str]]]:
     """Compile the Hopper kernel of a mask with call-time data, `packed` query heads an item."""
     from maskdsl.codegen.emit_hopper_lists import kernel_parameters
     from maskdsl.codegen.hopper import HopperForward, constants_of
     from maskdsl.codegen.hopper_lists import pick_listed
 
     whole = simplify(Causal() & mask if causal else mask)
-    config = replace(pick_listed(whole, packed, packed, head_dim), loaders=loaders)
+    config = pick_listed(whole, packed, packed, head_dim)
     (plan,), forward = HopperForward(whole).kernel(config)
     pointers = {p.name for p in kernel_parameters(plan) if p.is_pointer}
     return compile_gluon(forward, dtype, hopper_boxes(config, head_dim, value_dim),
@@ -248,8 +247,9 @@ def compile_hopper_backward(mask: Mask, dtype: torch.dtype, head_dim: int, share
     side = KeySide(whole, share, adds) if by_key else QuerySide(whole, share)
     kernel = kernel_of(side)
     boxes = dict(zip((name for name in kernel.arg_names if name.endswith("desc")),
-                     blocks_of(side, head_dim), strict=True))
-    return compile_gluon(kernel, dtype, boxes, constants_of(side, head_dim))
+                     blocks_of(side, head_dim), strict=False))
+    constants = constants_of(side, head_dim) | ({} if adds else {"sum_desc": None})
+    return compile_gluon(kernel, dtype, boxes, constants)
 
 
 def compile_gluon(forward: Any, dtype: torch.dtype, blocks: dict[str, tuple[int, ...]],
@@ -264,8 +264,11 @@ def compile_gluon(forward: Any, dtype: torch.dtype, blocks: dict[str, tuple[int,
     signature, places, attributes = {}, {}, {}
     for i, arg in enumerate(forward.arg_names):
         if arg in blocks:
-            layout = gl.NVMMASharedLayout.get_default_for(list(blocks[arg]), element)
-            signature[arg] = f"tensordesc<{NAMES[dtype]}{list(blocks[arg])},{layout!r}>"
+            adds = arg == "sum_desc"
+            layout = gl.NVMMASharedLayout.get_default_for(list(blocks[arg]),
+                                                          gl.float32 if adds else element)
+            name = "fp32" if adds else NAMES[dtype]
+            signature[arg] = f"tensordesc<{name}{list(blocks[arg])},{layout!r}>"
         elif arg in constants:
             signature[arg], places[(i,)] = "constexpr", constants[arg]
         elif arg.endswith("_ptr") or arg in {"queue", "own_table"} or arg in pointers:

@@ -79,7 +79,9 @@ def assembler(holder: Holder) -> Callable[..., Tensor]:
             wait_named(holder.machine, kind, name, threads)
             return args[0]
         if text.startswith("mov.b32"):
-            return lift(args[0])
+            first = lift(args[0])
+            shape = np.broadcast_shapes(*(lift(x).data.shape for x in args))
+            return Tensor(np.broadcast_to(first.data, shape), first.dtype, first.layout)
         if text.startswith("bmsk.clamp.b32"):
             word = lift(args[0])
             return Tensor(below(word), dtype, word.layout)
@@ -167,12 +169,17 @@ def copies(holder: Holder) -> SimpleNamespace:
         holder.machine.copies.append(carry_out)
         holder.machine.pause()
 
-    def store(desc: Descriptor, place: list[Any], source: Shared) -> None:
+    def store(desc: Descriptor, place: list[Any], source: Shared, adds: bool = False) -> None:
         source.machine.check_fenced(source)
-        assert list(source.shape) == desc.shape, "another box"
+        assert list(source.shape) == desc.shape and \
+            source.layout.swizzle_byte_width == desc.layout.swizzle_byte_width, "another box"
         place, group = [int(x) for x in place], holder.machine.me()
-        group.stores.append(lambda: desc.store(place, source.read()))
+        write = desc.add if adds else desc.store
+        group.stores.append(lambda: write(place, source.read()))
         holder.machine.pause()
+
+    def add(desc: Descriptor, place: list[Any], source: Shared) -> None:
+        store(desc, place, source, True)
 
     def store_wait(left: int) -> None:
         group = holder.machine.me()
@@ -180,7 +187,7 @@ def copies(holder: Holder) -> SimpleNamespace:
             group.stores.pop(0)()
 
     return SimpleNamespace(async_copy_global_to_shared=load, async_copy_shared_to_global=store,
-                           store_wait=store_wait)
+                           async_add_shared_to_global=add, store_wait=store_wait)
 
 
 def products(holder: Holder) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -261,8 +268,10 @@ def names_for() -> dict[str, Any]:
             "SliceLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "DotOperandLayout",
             "DistributedLinearLayout", "SwizzledSharedLayout")})
     mma, wait = products(holder)
+    tma = copies(holder)
     return {"gl": gl, "gluon": SimpleNamespace(jit=jit), "mbarrier": barriers(holder),
-            "tma": copies(holder), "warpgroup_mma": mma, "warpgroup_mma_wait": wait,
+            "tma": tma, "async_add_shared_to_global": tma.async_add_shared_to_global,
+            "warpgroup_mma": mma, "warpgroup_mma_wait": wait,
             "fence_async_shared": fence(holder), "range": count, "machine": holder}
 
 

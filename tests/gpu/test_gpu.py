@@ -198,9 +198,10 @@ def test_empty_calls() -> None:
     assert (out == 0).all() and (lse == -torch.inf).all()
 
 
-def test_no_gradient_yet() -> None:
+def test_gradients_can_be_forbidden() -> None:
     q = torch.randn(1, 1, 64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    with pytest.raises(GradientError, match="backend='torch'"):
-        maskdsl.compile(Causal())(q, q, q)
+    attn = maskdsl.compile(Causal(), backward=False)
+    with pytest.raises(GradientError, match="backward=False"):
+        attn(q, q, q)
     with torch.no_grad():
-        maskdsl.compile(Causal())(q, q, q)
+        attn(q, q, q)

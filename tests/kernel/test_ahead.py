@@ -97,13 +97,13 @@ from maskdsl import Full, LastQ, PerHead, Sink, Where, Window
 from maskdsl.codegen.hopper_cut import pick_room
 triangle = Sink(8) | Window(512) | LastQ(128)
 bf16, fp16, rows = torch.bfloat16, torch.float16, []
-for mask, dtype, dim, value_dim, group, *loaders in [
+for mask, dtype, dim, value_dim, group in [
     (triangle, bf16, 128, 128, 4), (Full(), fp16, 128, 128, 1), (triangle, bf16, 64, 64, 6),
-    (triangle, bf16, 128, 128, 4, 2), (Where(lambda b, h, q, k: q - k < 40 * (h + 1)), bf16, 96, 64,
+    (Where(lambda b, h, q, k: q - k < 40 * (h + 1)), bf16, 96, 64,
     4), (triangle, fp16, 96, 96, 2), (triangle, bf16, 192, 128, 4), (triangle, bf16, 256, 256, 4),
     (Full(), fp16, 256, 256, 1), (PerHead([Full()] * 4 + [triangle] * 4), bf16, 128, 128, 4),
 ]:
-    c, loops = compile_hopper(mask, dtype, dim, value_dim, group, loaders=sum(loaders) or 1)
+    c, loops = compile_hopper(mask, dtype, dim, value_dim, group)
     rows.append({"what": f"{mask!r} {dtype} {dim}/{value_dim} {group}", "shared": c.shared,
                  "spills": c.spills, "limit": SHARED_LIMIT["sm_90"], "loops": loops,
                  "keys": pick_room(dim, value_dim)[1],
@@ -125,7 +125,7 @@ for mask, dtype, dim, share in [
         c, loops = compile_hopper_backward(mask, dtype, dim, share, by_key, adds=adds)
         rows.append({"what": f"{mask!r} {dtype} {dim} {share} {by_key}", "shared": c.shared,
                      "spills": c.spills, "limit": SHARED_LIMIT["sm_90"], "loops": loops,
-                     "adds": adds})
+                     "adds": adds, "by_key": by_key})
 print(json.dumps(rows))
 """
 
@@ -254,7 +254,7 @@ def test_hopper_kernels_overlap_products_and_softmax() -> None:
     Q K and that for P V all of them must stand. No product may be serialised (count_spills fails on
     ptxas' warning)."""
     for row in run_program(HOPPER, "sm_90"):
-        limit = 400 if row["more"] else 128
+        limit = 448 if row["more"] else 128
         assert row["spills"] <= limit, (row["what"], row["spills"])
         assert row["shared"] <= row["limit"], row["what"]
         found = [short(loop, row["keys"]) for loop in row["loops"]]
@@ -268,20 +268,33 @@ def test_hopper_kernels_overlap_products_and_softmax() -> None:
 def test_hopper_backward_overlaps_products_and_exponentials() -> None:
     """A step is S and R in flight, a wait for S, 32 exponentials under R, a wait for R, then the
     products that add up, and a wait for them; nothing in that loop spills. (The loading warps of
-    the key side, with 24 registers, spill some words. Where dQ is added too, a step reads back some
-    constants.) No product may be serialised: count_spills fails on ptxas' warning."""
+    the key side, with 24 registers, spill some words, and so may the computing ones once an item.)
+    All that a step reads of shared memory is read beside the sums of the step before: beside S
+    and R it would wait until they are done. Where dQ is added too, there is a wait
+    for it before that for the others, and TMA adds what 128 threads store by 16 bytes. No product
+    may be serialised: count_spills fails on ptxas' warning."""
     for row in run_program(HOPPER_BACKWARD, "sm_90"):
-        limit, back, length = (768, 20, 750) if row["adds"] else (256, 0, 550)
-        assert row["spills"] <= limit and row["shared"] <= row["limit"], (row["what"],
-                                                                        row["spills"])
-        steps = [loop for loop in row["loops"] if re.fullmatch("QWeWe?QW", one_run(loop))]
+        assert row["spills"] <= 512 and row["shared"] <= row["limit"], (row["what"], row["spills"])
+        shape = "QWeWe?QWW" if row["adds"] else "QWeWe?QW"
+        steps = [loop for loop in row["loops"] if re.fullmatch(shape, one_run(loop))]
         assert steps, (row["what"], [one_run(loop) for loop in row["loops"]])
         # the shortest two are those of the two warp groups; longer ones are the loops around them
         for loop in sorted(steps, key=len)[:2]:
-            assert len(loop) < length, (row["what"], len(loop))
+            assert len(loop) < (700 if row["adds"] else 550), (row["what"], len(loop))
             assert sum(op.startswith("MUFU.EX2") for op in loop) == 32, row["what"]
-            moved = sum(op.startswith(("LDL", "STL")) for op in loop)
-            assert moved <= back, (row["what"], moved)
+            assert not any(op.startswith(("LDL", "STL")) for op in loop), row["what"]
+            waits = [i for i, op in enumerate(loop) if op.startswith("WARPGROUP.DEPBAR")]
+            reads = [i for i, op in enumerate(loop) if op.startswith("LDS")]
+            assert len(reads) >= (17 if row["by_key"] else 1) and reads[0] > waits[1], row["what"]
+            assert not any(op.startswith(("RED", "ATOM")) for op in loop), row["what"]
+            if row["adds"]:
+                assert sum(op.startswith("UTMAREDG") for op in loop) == 1, row["what"]
+                stores = [i for i, op in enumerate(loop) if op.startswith("STS.")]
+                assert len(stores) == 8 and all(loop[i] == "STS.128" for i in stores), row["what"]
+                # dS is on its way before dV and dK begin, which cover what adds to dQ
+                slopes = [i for i, op in enumerate(loop) if op.startswith("STSM")]
+                wide = [i for i, op in enumerate(loop) if op.startswith("HGMMA.64x128")]
+                assert len(slopes) == 4 and max(slopes) < wide[0] < waits[2] < stores[0] < waits[3]
 
 
 def one_run(loop: list[str]) -> str:

@@ -3,12 +3,18 @@ what it refuses, and how it is asked for."""
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 import maskdsl
 from maskdsl import Causal, Full, LastQ, PerHead, Shape, Sink, Stride, VerticalSlash, Window
-from maskdsl.codegen.hopper_backward import Launch, blocks_of, constants_of, plan_launch
+from maskdsl.codegen import hopper_backward, hopper_reduce
+from maskdsl.codegen.hopper_backward import SUM_BOX, Launch, blocks_of, plan_launch, pointers
 from maskdsl.codegen.hopper_backward_cut import (
     KeySide,
     QuerySide,
@@ -16,9 +22,9 @@ from maskdsl.codegen.hopper_backward_cut import (
     refuse_dims,
     refuse_mask,
 )
-from maskdsl.codegen.hopper_backward_kernels import sum_parts, sum_products
+from maskdsl.codegen.hopper_backward_kernels import round_sums, sum_parts, sum_products
 from maskdsl.codegen.kernel import interpreting
-from maskdsl.errors import GradientError
+from maskdsl.errors import BackendError, GradientError
 from maskdsl.simplify import simplify
 
 TRIANGLE = simplify(Causal() & (Sink(8) | Window(512) | LastQ(128)))
@@ -52,6 +58,26 @@ def test_parts_are_added_up() -> None:
     torch.testing.assert_close(out.float(), expected, atol=2e-3, rtol=1e-3)
 
 
+@interpreted
+@pytest.mark.parametrize("together", [1, 2])
+def test_sums_are_rounded(together: int) -> None:
+    """Each number is found where a thread of a 64 x 64 product holds it: thread t of warp w has, of
+    every eight columns, two neighbours in the rows 16 w + t // 4 and 8 below."""
+    dq = torch.randn(2, 4, 75, 128)
+    span, tiles = 64 // together, -(-75 * together // 64)
+    sums = torch.full((2 * 4 // together * tiles, 2, 128, 8, 4), torch.nan)
+    for b, head, position in itertools.product(range(2), range(4), range(75)):
+        tile = (b * 4 // together + head // together) * tiles + position // span
+        row = head % together * span + position % span
+        thread = row // 16 * 32 + row % 8 * 4
+        for column in range(128):
+            sums[tile, column // 64, thread + column % 8 // 2, column % 64 // 8,
+                 row % 16 // 8 * 2 + column % 2] = dq[b, head, position, column]
+    out = torch.zeros(2, 75, 4, 128, dtype=torch.float16).transpose(1, 2)
+    round_sums[(tiles, 4 // together, 2)](sums, out, *out.stride()[:3], 75, 0.5, HEADS=together)
+    torch.testing.assert_close(out, (dq * 0.5).half(), atol=0, rtol=0)
+
+
 def test_a_sink_and_last_rows_are_cut() -> None:
     """The first tile of keys meets every row, the last rows meet every key; no item is then longer
     than a program's share of the work by much."""
@@ -76,31 +102,78 @@ def test_heavy_items_start_first() -> None:
     assert not KeySide(causal, 1).last_first and QuerySide(causal, 1).plan.last_first
 
 
+def tensors_of(dim: int, length: int = 300) -> list[torch.Tensor]:
+    """q, the output's gradient, k and v: 8 heads over 2."""
+    return [torch.zeros(1, heads, length, dim, dtype=torch.float16) for heads in (8, 8, 2, 2)]
+
+
 def made(side: KeySide | QuerySide, dim: int) -> Launch:
     """A launch for 300 queries and keys of 8 heads over 2."""
-    q, grad = torch.zeros(1, 8, 300, dim), torch.zeros(1, 8, 300, dim)
-    k, v = torch.zeros(1, 2, 300, dim), torch.zeros(1, 2, 300, dim)
+    q, grad, k, v = tensors_of(dim)
     if isinstance(side, KeySide):
-        return plan_launch(side, Shape(300, 300), (k, v), (q, grad), (k, v), 132)
-    return plan_launch(side, Shape(300, 300), (q, grad), (k, v), (q,), 132)
+        return plan_launch(side, Shape(300, 300), 0.1, (k, v), (q, grad), (k, v), 132)
+    return plan_launch(side, Shape(300, 300), 0.1, (q, grad), (k, v), (q,), 132)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("side", [KeySide(TRIANGLE, 4), QuerySide(TRIANGLE, 4)], ids=["key", "row"])
+@pytest.mark.parametrize(("side", "dim"), [
+    (KeySide(TRIANGLE, 4), 64), (KeySide(TRIANGLE, 4), 128), (QuerySide(TRIANGLE, 4), 64),
+    (QuerySide(TRIANGLE, 4), 128), (KeySide(TRIANGLE, 4, True), 128)], ids=repr)
 def test_launch_arguments_fit_the_kernel(side: KeySide | QuerySide, dim: int) -> None:
-    """As many arguments as the emitted kernel names, boxes of 64 rows or one grain."""
+    """As many arguments as the emitted kernel names, boxes of 64 rows or one grain; what is added
+    to dQ goes in boxes of one row a thread."""
     plan = made(side, dim)
     text = side.source
     names = text[text.index("def gradients(") + len("def gradients("):]
     names = [name.split(":")[0].strip() for name in names[:names.index("):")].split(",")]
-    given = len(plan.tiled) + len(plan.pointers(*[torch.zeros(1)] * 2, None, torch.zeros(2)))
-    given += len(plan.numbers(Shape(300, 300), 0.1, 8))
-    constants = set(constants_of(side, dim)) - {"num_warps", "maxnreg"}
-    assert set(names[given:]) == constants
-    for _, box in plan.tiled:
+    nothing = torch.zeros(1)
+    given = len(plan.tiled) + 1 + len(plan.scalars) + len(
+        pointers((nothing, nothing), (), nothing))
+    assert set(names[given:]) == set(plan.constants) - {"num_warps", "maxnreg"}
+    boxes = [tuple(one.block_shape) for one in plan.tiled]
+    adds = [SUM_BOX] if side.constants["ADDS"] else []
+    assert boxes + adds == blocks_of(side, dim)
+    assert (plan.added is not None) == bool(adds)
+    if adds:  # 5 tiles of 64 rows of 4 pairs of heads: 32 positions of 2 heads each
+        assert plan.added.base is None and plan.added.shape == [2 * 128 * 10 * 4, 32]
+    for box in boxes:
         rows = box[0] * box[1] * box[2]
         assert (rows, box[3]) in {(64, dim), (32, 64)}
-    assert blocks_of(side, dim)[0] == plan.tiled[0][1]
+
+
+def test_a_repeated_call_is_not_planned_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls whose tensors look alike share a launch; another length, scale or stride has its own.
+    The tensors and their parts are those of the call, and no launch keeps one alive."""
+    planned: list[Launch] = []
+    launched: list[tuple[Any, ...]] = []
+    kernel = {(n,): lambda *given, **constants: launched.append(given) for n in range(133)}
+
+    def plan(*arguments: Any) -> Launch:
+        planned.append(replace(plan_launch(*arguments), kernel=kernel))
+        return planned[-1]
+
+    monkeypatch.setattr(hopper_backward, "plan_launch", plan)
+    monkeypatch.setattr(hopper_backward, "queue", lambda _: torch.zeros(2, dtype=torch.int32))
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda _: SimpleNamespace(multi_processor_count=132))
+    run = hopper_backward.SideKernel(QuerySide(TRIANGLE, 4))
+
+    def launch(length: int = 300, scale: float = 0.1, turned: bool = False) -> torch.Tensor:
+        q, grad, k, v = tensors_of(64, length)
+        if turned:
+            grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
+        rows = torch.zeros(1, 8, length)
+        run(SimpleNamespace(shape=Shape(length, length), scale=scale),  # type: ignore[arg-type]
+            (q, grad), (k, v), (torch.empty_like(q),), (rows, rows))
+        return q
+
+    first, second = launch(), launch()
+    assert len(planned) == 1 and len(launched) == 2
+    assert launched[0][0].base is first and launched[1][0].base is second
+    assert all(one.base is None for one in planned[0].tiled)
+    for n, different in enumerate([{"length": 310}, {"scale": 0.2}, {"turned": True}], 2):
+        launch(**different)  # type: ignore[arg-type]
+        launch(**different)  # type: ignore[arg-type]
+        assert len(planned) == n
 
 
 def test_what_it_refuses() -> None:
@@ -129,3 +202,12 @@ def test_it_must_be_asked_for_by_name() -> None:
 def test_bad_backward(backend: str | None, backward: object) -> None:
     with pytest.raises(GradientError):
         maskdsl.compile(Window(9), backend=backend, backward=backward)  # type: ignore[arg-type]
+
+
+def test_a_triton_that_cannot_add_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only who asks for atomics hears of it; what is imported and the two kernels go on."""
+    assert not hopper_reduce.refuse_adding()
+    monkeypatch.setattr(hopper_reduce, "METHOD", "create_nothing")
+    hopper_backward.HopperBackward(TRIANGLE, 4)
+    with pytest.raises(BackendError, match="create_nothing"):
+        hopper_backward.HopperBackward(TRIANGLE, 4, True)

@@ -32,7 +32,7 @@ from maskdsl import (
     dense,
     simplify,
 )
-from maskdsl.codegen import hopper, hopper_backward
+from maskdsl.codegen import hopper, hopper_backward, hopper_backward_cut
 from maskdsl.codegen.hopper import HopperForward
 from maskdsl.codegen.hopper_cut import pick_hopper, refuse_dims, refuse_mask
 from maskdsl.codegen.kernel import LOG2_E, output_maker
@@ -139,13 +139,13 @@ def test_forward(on_machine: Any, seed: int, mask: Mask, shape: Shape,
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("mask", "dims", "changes"), [
-    (Causal() & TRIANGLE, (64, 64), {"loaders": 2}), (Causal(), (128, 128), {"loaders": 2}),
-    (Causal() & TRIANGLE, (128, 128), {"loaders": 2, "letters": 1, "k_slots": 3, "v_slots": 2}),
-    (Causal() & PerHead([Sink(8), Window(30), TRIANGLE, Empty()]), (192, 128), {"loaders": 2}),
-    (Causal() & Stride(64), (128, 64), {"loaders": 2, "letters": 1})], ids=repr)
+    (Causal() & TRIANGLE, (64, 64), {"k_slots": 2, "v_slots": 2}),
+    (Causal(), (128, 128), {"k_slots": 3, "v_slots": 2}),
+    (Causal() & TRIANGLE, (128, 128), {"letters": 1, "k_slots": 3, "v_slots": 2}),
+    (Causal() & Stride(64), (128, 64), {"letters": 1})], ids=repr)
 def test_forward_with_other_configs(on_machine: Any, seed: int, mask: Mask, dims: tuple[int, int],
                                     changes: dict[str, int]) -> None:
-    """Two warps that load; one place for the queries of an item."""
+    """Other numbers of slots; one place for the queries of an item."""
     on_machine.seed = seed
     check_forward(mask, Shape(330, 400), (1, 4, 1), dims[0], value_dim=dims[1], **changes)
 
@@ -172,14 +172,13 @@ def test_forward_by_name(on_machine: Any, mask: Mask, dims: tuple[int, int]) -> 
 
 
 @settings(max_examples=8, suppress_health_check=list(HealthCheck))
-@given(masks(), shapes(max_len=300), st.integers(0, 99), st.integers(1, 2))
-def test_forward_of_random_masks(on_machine: Any, mask: Mask, shape: Shape, seed: int,
-                                 loaders: int) -> None:
+@given(masks(), shapes(max_len=300), st.integers(0, 99))
+def test_forward_of_random_masks(on_machine: Any, mask: Mask, shape: Shape, seed: int) -> None:
     on_machine.seed = seed
     limit = min((x for m in mask.walk() if (x := m.limit()) is not None), default=1 << 60)
     if not refuse_mask(simplify(mask), by_name=True) and shape.q_len and shape.kv_len and \
             max(shape.q_offset + shape.q_len, shape.kv_len) <= limit:
-        check_forward(mask, shape, loaders=loaders)
+        check_forward(mask, shape)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -199,6 +198,15 @@ def test_backward_of_other_masks(on_machine: Any) -> None:
     check_backward(Window(50, 30) | FirstQ(5) | Sink(3), Shape(190, 190), (1, 3, 1))
     check_backward(BlockDiagonal([70, 90, 40]), Shape(200, 200), (1, 2, 1))
     check_backward(Causal() & (Sink(8) | Window(64) | LastQ(32)), Shape(1200, 1200), (1, 1, 1))
+
+
+@pytest.mark.parametrize(("heads", "down"), [(1, False), (2, True), (1, True)])
+def test_backward_that_adds_by_other_walks(on_machine: Any, monkeypatch: pytest.MonkeyPatch,
+                                           heads: int, down: bool) -> None:
+    monkeypatch.setattr(hopper_backward_cut, "ADDING_HEADS", heads)
+    monkeypatch.setattr(hopper_backward_cut, "ADDING_DOWN", down)
+    on_machine.seed = heads
+    check_backward(Causal(), Shape(400, 300), (1, 4, 1), 128, adds=True)
 
 
 def test_keys_that_are_not_there_weigh_nothing(on_machine: Any) -> None:
@@ -238,6 +246,41 @@ def test_faults_show(on_machine: Any, change: dict[str, str]) -> None:
         for seed in range(6):
             on_machine.seed = seed
             check_forward(Causal(), Shape(700, 700), (1, 2, 1))
+
+    with pytest.raises((AssertionError, Deadlock)):
+        run()
+
+
+MEETING = "mbarrier.wait(empty.index(before), before_phase)"
+LEFT = "tma.store_wait(0)"
+FENCE = "sum_s.store(pieces)\n    fence_async_shared()\n"
+
+
+@pytest.mark.parametrize(("adds", "change"), [
+    # lse and delta of this step in the next
+    (False, {"gl.where(n + 1 < end, slot, now)": "now"}),
+    # dS of the other warp group not there yet, or written over, or keys written over
+    (True, {f"{' ' * 20}{MEETING}\n": ""}),
+    (True, {f"\n{' ' * 12}{MEETING}\n": "\n"}),
+    (True, {f"{' ' * 12}mbarrier.wait(met, count & 1)\n": ""}),
+    (True, {"before, before_phase = now, now_phase": "pass"}),
+    # what is added written over while TMA reads it, or not seen by it
+    (True, {f"{' ' * 20}{LEFT}  # what": f"{' ' * 20}# what"}),
+    (True, {f"\n{' ' * 12}{LEFT}\n{' ' * 12}add_tile": f"\n{' ' * 12}add_tile"}),
+    (True, {FENCE: FENCE[:FENCE.index("    fence")]}),
+    # what belongs to no tile, or to another
+    (True, {"number = gl.to_tensor(-1)": "number = gl.to_tensor(0)"}),
+    (True, {"number = word_of(marks.index(now), 2)": "number = word_of(marks.index(slot), 2)"}),
+    # keys handed back before the results that take their place have left
+    (True, {f"\n{' ' * 12}tma.store_wait(0)\n{' ' * 12}mbarrier.arrive(own_empty.index(own)":
+            f"\n{' ' * 12}mbarrier.arrive(own_empty.index(own)"})], ids=str)
+def test_faults_of_the_backward_show(on_machine: Any, adds: bool, change: dict[str, str]) -> None:
+    CHANGES.update(change)
+
+    def run() -> None:
+        for seed in range(12):
+            on_machine.seed = seed
+            check_backward(Full(), Shape(600, 400), (1, 4, 1), 128, adds=adds)
 
     with pytest.raises((AssertionError, Deadlock)):
         run()
