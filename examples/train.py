@@ -2,8 +2,8 @@
 dense matrix in PyTorch's own attention. The two loss curves coincide.
 
 The task is to go on with a pattern that repeats: what comes next stood one period ago, which is
-within the window, so the sparse mask loses nothing. On a GPU the gradients come from kernels, on a CPU
-from the torch backend.
+within the window, so the sparse mask loses nothing. On a GPU the gradients come from kernels, on a
+CPU from the torch backend.
 """
 
 from __future__ import annotations
