@@ -93,9 +93,9 @@ def is_installed(module: str) -> bool:
         return False
 
 
-def hopper_call(pattern: Pattern, backward: bool | str = True) -> Run:
-    """The Hopper backward by name, which must take the call."""
-    attn: Any = maskdsl.compile(pattern.mask, backend="hopper", backward=backward)
+def hopper_call(pattern: Pattern) -> Run:
+    """The Hopper backward, which must take the call."""
+    attn: Any = maskdsl.compile(pattern.mask, backend="hopper")
 
     def call(*leaves: torch.Tensor) -> torch.Tensor:
         refused = attn.refusal(*leaves, backward=True)
@@ -112,11 +112,10 @@ def kernels_of(pattern: Pattern, length: int, dim: int = DIM) -> dict[str, Calla
     found: dict[str, Callable[[], Run]] = {
         "maskdsl, portable": lambda: maskdsl.compile(pattern.mask, backend="triton"),
         "maskdsl, Hopper": lambda: hopper_call(pattern),
-        "maskdsl, Hopper, atomic": lambda: hopper_call(pattern, "atomic"),
         "FlexAttention": lambda: flex_call(pattern, length),
     }
     if dim != DIM:
-        return {name: found[name] for name in found if "atomic" not in name}
+        return found
     if is_installed("cudnn.flex_attention"):
         found["cuDNN flex_attention"] = lambda: cudnn_call(pattern, length)
     if pattern.window is None:
@@ -183,7 +182,7 @@ def measure_memory(report: Report) -> None:
     pattern = TRIANGLES[0]
     leaves = tuple(t.requires_grad_() for t in make_inputs(LONG))
     grad = torch.randn_like(leaves[0])
-    for name in ("maskdsl, portable", "maskdsl, Hopper", "maskdsl, Hopper, atomic"):
+    for name in ("maskdsl, portable", "maskdsl, Hopper"):
         call = kernels_of(pattern, LONG)[name]()
 
         def step(call: Run = call) -> tuple[torch.Tensor, ...]:

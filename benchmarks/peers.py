@@ -149,24 +149,6 @@ class Portable(Ours):
         return "" if torch.cuda.is_available() else "no GPU"
 
 
-class HopperByName(Ours):
-    """maskdsl's Hopper kernel where it must be asked for by name: head dimensions that were not
-    measured yet. Where it is the default already, it is no row of its own."""
-
-    key, name, backend = "hopper", "maskdsl, Hopper by name", "hopper"
-
-    def missing(self) -> str:
-        from maskdsl.codegen.hopper import is_hopper
-
-        return "" if torch.cuda.is_available() and is_hopper() else "no Hopper GPU"
-
-    def prepare(self, case: Case, tensors: Tensors, deadline: float) -> Prepared | None:
-        chosen = maskdsl.compile(case.pattern.mask)
-        if chosen.backend == "hopper" and not chosen.refusal(*tensors):
-            return None
-        return self.ready(case, tensors, deadline)
-
-
 def visited_pairs(attn: maskdsl.Attention, backend: str, case: Case) -> int | None:
     """Pairs in the tiles our kernel visits, all heads together; None for the portable kernel with
     another head dimension than the one `explain` tells about."""
@@ -179,8 +161,7 @@ def visited_pairs(attn: maskdsl.Attention, backend: str, case: Case) -> int | No
     from maskdsl.codegen.hopper_cut import count_steps, make_plans, pick_hopper
 
     mask = simplify(Causal() & case.pattern.mask)
-    config = pick_hopper(mask, case.heads // case.kv_heads, case.dim, case.value_dim,
-                         by_name=attn.strict)
+    config = pick_hopper(mask, case.heads // case.kv_heads, case.dim, case.value_dim)
     (plan,) = make_plans(mask, config.span, config.tile)
     keys = config.narrow + config.block_n * np.asarray(count_steps(plan, config, shape))
     return int(case.heads * config.span * keys.sum())
@@ -239,7 +220,7 @@ def all_peers() -> list[Peer]:
     from benchmarks.peer_flex import FlexDefault, FlexTuned
     from benchmarks.peer_fsa import FlashSparse
 
-    return [Ours(), Portable(), HopperByName(), FlashAttention3(), FlashAttention4(), CudnnFlex(),
+    return [Ours(), Portable(), FlashAttention3(), FlashAttention4(), CudnnFlex(),
             FlashSparse(), FlexDefault(), FlexTuned(), SdpaFlash(), SdpaCudnn()]
 
 

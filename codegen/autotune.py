@@ -63,17 +63,15 @@ def portable_candidates(arch: str, head_dim: int, value_dim: int, item_size: int
     return tuple(c for c in found if fits_chip(c, arch, head_dim, value_dim, item_size))
 
 
-def hopper_candidates(mask: Mask, group: int, head_dim: int, value_dim: int = 0,
-                      by_name: bool = False) -> tuple[HopperConfig, ...]:
-    """Configs of the Hopper kernel, the default first: heads that share their key tiles, and the
-    width of the first tile."""
-    default = pick_hopper(mask, group, head_dim, value_dim, by_name)
+def hopper_candidates(mask: Mask, group: int, head_dim: int,
+                      value_dim: int = 0) -> tuple[HopperConfig, ...]:
+    """Configs of the Hopper kernel, the default first: heads that share their key tiles, the width
+    of the first tile, and how shared memory is divided."""
+    default = pick_hopper(mask, group, head_dim, value_dim)
     packed = [n for n in (4, 2, 1) if group % n == 0 and packs(mask, n)]
     made = (replace(default, heads_packed=n, narrow=narrow) for n in packed
             for narrow in (32, 64, 128) if narrow <= default.block_n)
-    rooms: tuple[HopperConfig, ...] = ()
-    if by_name:  # not measured: other ways to divide shared memory
-        rooms = tuple(room_config(default, *room) for room in other_rooms(head_dim, value_dim))
+    rooms = tuple(room_config(default, *room) for room in other_rooms(head_dim, value_dim))
     return tuple(dict.fromkeys((default, *made, *rooms)))
 
 
@@ -118,7 +116,7 @@ class Autotuned:
         found: tuple[Setting, ...] = ()
         if kind.kernels != "portable":
             found = hopper_candidates(self.forward.mask, kind.group, kind.head_dim,
-                                      kind.value_dim, self.forward.must)
+                                      kind.value_dim)
         if kind.kernels != "hopper":
             sizes = kind.head_dim, kind.value_dim, item_size
             found += portable_candidates(arch, *sizes, self.forward.config(arch, *sizes))

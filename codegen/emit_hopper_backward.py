@@ -19,8 +19,7 @@ from maskdsl.text import write_integer
 from maskdsl.trace import K
 
 # compile-time constants that all functions of a file share
-CONSTANTS = ("BY_KEY", "ADDS", "OWN_HEADS", "OWN_SPAN", "PASS_HEADS", "TILE", "GRAIN", "DOWN",
-             "SLOTS")
+CONSTANTS = ("BY_KEY", "OWN_HEADS", "OWN_SPAN", "PASS_HEADS", "TILE", "GRAIN", "SLOTS")
 LETTER = ("item", "batch", "head", "tile", "part", "loose", "masked", "full", "first", "last",
           "border")
 LETTER_SIZE = 32

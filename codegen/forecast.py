@@ -94,7 +94,7 @@ def refuse_call_of(mask: Mask, call: CallHeads, by_name: bool = False) -> str:
     if not is_traceable(mask):
         return "the mask holds a function that cannot be compiled into the kernel"
     return refuse_mask(mask, by_name) or refuse_dims(
-        call.head_dim, call.value_dim, by_name, bool(slots_of(mask)))
+        call.head_dim, call.value_dim, bool(slots_of(mask)))
 
 
 def forecast_dense(rates: Rates, shape: Shape, call: CallHeads) -> Prediction:

@@ -26,18 +26,15 @@ Tensor = torch.Tensor
 
 
 def prepare_gradients(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor, shape: Shape,
-                      scale: float, layout: str, with_lse: bool, adds: bool = False) -> Call:
+                      scale: float, layout: str, with_lse: bool) -> Call:
     """Like `TritonForward.prepare`, for calls that autograd records."""
-    call = prepare_backward(forward, q, k, v, shape, scale, layout, adds)
+    call = prepare_backward(forward, q, k, v, shape, scale, layout)
     return lambda q, k, v, data: call(q, k, v, data, with_lse)
 
 
 def prepare_backward(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor, shape: Shape,
-                     scale: float, layout: str, adds: bool = False) -> Backward:
-    """What the backward pass of calls that look like this one shares.
-
-    adds  the Hopper kernels may add up dQ by atomics
-    """
+                     scale: float, layout: str) -> Backward:
+    """What the backward pass of calls that look like this one shares."""
     from maskdsl.codegen.hopper_backward import hopper_backward_of, refuse_call
 
     run = forward.prepare(q, k, v, shape, scale, layout, True)
@@ -45,7 +42,7 @@ def prepare_backward(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor, sh
     debug(1, f"gradients of {forward.mask!r}: {refused or 'the Hopper backward'}")
     kernels: TritonBackward | HopperBackward = \
         backward_of(forward.mask, forward.chosen, forward.scores) if refused else \
-        hopper_backward_of(forward.mask, q.shape[1] // k.shape[1], adds)
+        hopper_backward_of(forward.mask, q.shape[1] // k.shape[1])
     return Backward(kernels, run, shape, scale, layout == "blhd")
 
 

@@ -46,12 +46,11 @@ def is_hopper() -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
 
 
-def refuse_call(mask: Mask, q: torch.Tensor, v: torch.Tensor, fits: bool,
-                by_name: bool = False) -> str:
+def refuse_call(mask: Mask, q: torch.Tensor, v: torch.Tensor, fits: bool) -> str:
     """Why the Hopper kernel of a mask does not take tensors like these; "" where it does."""
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"{q.dtype} has no Hopper kernel"
-    refused = refuse_dims(q.shape[3], v.shape[3], by_name, bool(slots_of(mask)))
+    refused = refuse_dims(q.shape[3], v.shape[3], bool(slots_of(mask)))
     if not refused and not fits:
         return "bases or strides are no multiples of 16 bytes, or a stride is 0"
     return refused
@@ -68,9 +67,8 @@ def magic(divisor: int) -> tuple[int, int]:
 class HopperForward:
     """The Hopper kernels of one mask."""
 
-    def __init__(self, mask: Mask, by_name: bool = False) -> None:
-        """by_name: asked for by name, so that it also takes what was not measured yet."""
-        self.mask, self.by_name = mask, by_name
+    def __init__(self, mask: Mask) -> None:
+        self.mask = mask
         self.kinds = [one for _, one in kinds_of(mask)]
         self.modules: dict[HopperConfig, tuple[tuple[Plan, ...], Any]] = {}
 
@@ -133,7 +131,7 @@ class HopperForward:
             return prepare_listed(self, q, k, v, shape, scale, make_out, with_lse, config)
         batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
         group, device = heads // kv_heads, q.device
-        config = config or pick_hopper(self.mask, group, q.shape[3], v.shape[3], self.by_name)
+        config = config or pick_hopper(self.mask, group, q.shape[3], v.shape[3])
         plans, forward = self.kernel(config)
         groups = heads // config.heads_packed
         processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -21,9 +20,8 @@ from maskdsl.codegen.hopper_backward_cut import (
     refuse_mask,
     section_of,
 )
-from maskdsl.codegen.hopper_backward_kernels import round_sums, sum_parts, sum_products
+from maskdsl.codegen.hopper_backward_kernels import sum_parts, sum_products
 from maskdsl.codegen.hopper_cut import GRAIN, ROWS, Schedule
-from maskdsl.codegen.hopper_reduce import refuse_adding
 from maskdsl.codegen.kernel import (
     LEAST_SCALE,
     LOG2_E,
@@ -32,7 +30,6 @@ from maskdsl.codegen.kernel import (
     live_strides,
     rebase,
 )
-from maskdsl.errors import BackendError
 from maskdsl.expr import Mask
 from maskdsl.scores import ScoreMod
 from maskdsl.settings import debug
@@ -42,40 +39,29 @@ if TYPE_CHECKING:
     from maskdsl.codegen.gradients import Backward
 
 Tensor = torch.Tensor
-SLOTS = {(64, False): 4, (128, False): 3, (128, True): 3}  # passing tiles in flight, by head
-# dimension and whether dQ is added up beside dK and dV: what shared memory holds
+SLOTS = {64: 4, 128: 3}  # passing tiles in flight, by head dimension: what shared memory holds
 REGISTERS = {(True, 128): 232, (True, 64): 200, (False, 128): 216, (False, 64): 200}  # of a
 # computing thread, by side (keys?) and head dimension: what ptxas needs to spill nothing in loops
-ADDS_DIM = 128  # the head dimension at which dQ can be added up beside dK and dV
 HALF = 64  # own rows of a computing warp group
 LAUNCHES_KEPT = 256  # kinds of tensors of which launches are kept
-SUM_BOX = (128, 32)  # what a warp group adds to dQ at a time: threads, numbers of each
 SUM_ROWS = 32  # rows a program of the small kernels
 
 
 def refuse_call(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor) -> str:
     """Why the portable kernels compute the gradients of such a call, [B, H, L, D]; "" where the
     Hopper backward does."""
-    if not forward.must:
-        return ("the Hopper backward has not yet run on a GPU, so it must be asked for with "
-                "backend='hopper'")
     return forward.refuse_hopper(q, k, v) or refuse_mask(forward.mask) or \
         refuse_dims(q.shape[3], v.shape[3])
 
 
 class HopperBackward:
-    """The gradients' kernels of one static mask, for `share` query heads a key/value head; with
-    `adds` one kernel computes all, if all are wanted."""
+    """The gradients' kernels of one static mask, for `share` query heads a key/value head."""
 
     scores: tuple[ScoreMod, ...] = ()  # it takes no score modifiers
 
-    def __init__(self, mask: Mask, share: int, adds: bool = False) -> None:
-        """adds: raises where Triton cannot."""
-        if adds and (refused := refuse_adding()):
-            raise BackendError("backward='atomic'", refused, "backward=True")
+    def __init__(self, mask: Mask, share: int) -> None:
         self.by_query = SideKernel(QuerySide(mask, share))
         self.by_key = SideKernel(KeySide(mask, share))
-        self.all_by_key = SideKernel(KeySide(mask, share, True)) if adds else None
 
     def run(self, call: Backward, tensors: tuple[Tensor, ...], grad_out: Tensor,
             grad_lse: Tensor | None, wanted: tuple[bool, bool], data: dict[str, Any],
@@ -95,32 +81,11 @@ class HopperBackward:
         dq = empty_rows(q) if wanted[0] else None
         dk, dv = (empty_rows(k), empty_rows(v)) if wanted[1] else (None, None)
         numbers = lse, delta
-        if dq is not None and dk is not None and dv is not None and self.all_by_key is not None \
-                and dim == ADDS_DIM:
-            side = self.all_by_key.side
-            grid = sum_tiles(side, q)
-            sums = torch.zeros(sum_rows(side, q), SUM_BOX[1], dtype=torch.float32, device=q.device)
-            self.all_by_key(call, (k, v), (q, grad_out), (dk, dv), numbers, sums)
-            round_sums[grid](sums, dq, *dq.stride()[:3], rows, call.scale,
-                             HEADS=int(side.constants["PASS_HEADS"]))
-            return dq, dk, dv
         if dq is not None:
             self.by_query(call, (q, grad_out), (k, v), (dq,), numbers)
         if dk is not None and dv is not None:
             self.by_key(call, (k, v), (q, grad_out), (dk, dv), numbers)
         return dq, dk, dv
-
-
-def sum_tiles(side: Side, q: Tensor) -> tuple[int, int, int]:
-    """Tiles of 64 queries: of positions, of groups of heads that pass together, of the batch."""
-    batch, heads, rows, _ = q.shape
-    together = int(side.constants["PASS_HEADS"])
-    return -(-rows * together // PASS_ROWS), heads // together, batch
-
-
-def sum_rows(side: Side, q: Tensor) -> int:
-    """Rows of the sums of dQ: two boxes for each tile."""
-    return 2 * SUM_BOX[0] * math.prod(sum_tiles(side, q))
 
 
 class SideKernel:
@@ -131,8 +96,7 @@ class SideKernel:
         self.launches: dict[tuple[Any, ...], Launch] = {}
 
     def __call__(self, call: Backward, own: tuple[Tensor, Tensor], passing: tuple[Tensor, Tensor],
-                 results: tuple[Tensor, ...], numbers: tuple[Tensor, Tensor],
-                 sums: Tensor | None = None) -> None:
+                 results: tuple[Tensor, ...], numbers: tuple[Tensor, Tensor]) -> None:
         """Compute the gradients of one side; numbers: lse and delta, float32 [B, Hq, Lq]."""
         tensors = (*own, *passing, *results)
         key = (call.shape, call.scale, own[0].dtype, own[0].device,
@@ -144,13 +108,13 @@ class SideKernel:
             made = self.launches[key] = plan_launch(
                 self.side, call.shape, call.scale, own, passing, results,
                 torch.cuda.get_device_properties(own[0].device).multi_processor_count)
-        made.run((*own, *passing), results, numbers, sums)
+        made.run((*own, *passing), results, numbers)
 
 
 @lru_cache(maxsize=256)
-def hopper_backward_of(mask: Mask, share: int, adds: bool) -> HopperBackward:
+def hopper_backward_of(mask: Mask, share: int) -> HopperBackward:
     """The Hopper gradients' kernels of a mask; calls of many shapes share them."""
-    return HopperBackward(mask, share, adds)
+    return HopperBackward(mask, share)
 
 
 @lru_cache(maxsize=256)
@@ -175,15 +139,13 @@ def blocks_of(side: Side, dim: int) -> list[tuple[int, ...]]:
     own = (1, half, HALF // half, dim)
     passing = (1, heads, PASS_ROWS // heads, dim)
     grain = (1, 1, GRAIN, 64)
-    return [own, own, passing, passing, grain, grain, own, own,
-            *([SUM_BOX] if constants["ADDS"] else [])]
+    return [own, own, passing, passing, grain, grain, own, own]
 
 
 def constants_of(side: Side, dim: int) -> dict[str, Any]:
     """The constexpr arguments and options of a launch."""
     constants = side.constants
-    return {**constants, "SLOTS": SLOTS[dim, constants["ADDS"]],
-            "REGISTERS": REGISTERS[constants["BY_KEY"], dim],
+    return {**constants, "SLOTS": SLOTS[dim], "REGISTERS": REGISTERS[constants["BY_KEY"], dim],
             # sixteen warps, the last three of them idle, share 64 Ki registers before they trade
             "num_warps": 4, "maxnreg": 128}
 
@@ -193,7 +155,6 @@ class Launch:
     """What launches of one side share whose tensors look alike, decided without a GPU.
 
     tiled      what TMA copies, in the kernel's order: templates for `rebase`
-    added      the same of the sums of dQ; None where they are not added
     cut        the items
     part_size  elements of the float32 parts of each result; 0 where no item is cut
     scalars    in the kernel's order; constants: constexpr arguments and options
@@ -203,26 +164,22 @@ class Launch:
     kernel: Any
     grid: tuple[int]
     tiled: tuple[Any, ...]
-    added: Any
     cut: Schedule
     part_size: int
     scalars: tuple[int | float, ...]
     constants: dict[str, Any]
 
     def run(self, inputs: tuple[Tensor, ...], results: tuple[Tensor, ...],
-            numbers: tuple[Tensor, Tensor], sums: Tensor | None) -> None:
+            numbers: tuple[Tensor, Tensor]) -> None:
         """Launch the kernel, and what adds up parts.
 
         inputs  the owning two, the passing two; results: dk and dv, or dq
-        sums    float32 [`sum_rows`, 32], to which dQ / scale is added, where the side of keys adds
-                (`round_sums` tells their order)
         """
         device = inputs[0].device
         parts = tuple(torch.empty(self.part_size, dtype=torch.float32, device=device)
                       for _ in results if self.part_size)
         self.kernel[self.grid](
             *map(rebase, self.tiled, in_order(inputs, results)),
-            None if sums is None else rebase(self.added, sums),
             *pointers(numbers, parts, queue(device)), *self.scalars, **self.constants)
         for part, result in zip(parts, results, strict=bool(parts)):
             join(part, result, self.side, self.cut)
@@ -256,23 +213,10 @@ def plan_launch(side: Side, shape: Shape, scale: float, own: tuple[Tensor, Tenso
                shape.kv_len, shape.q_offset, shape.total_len, max(scale, LEAST_SCALE) * LOG2_E,
                scale)
     tensors = in_order((*own, *passing), results)
-    tiled = tuple(describe(t, box) for t, box in zip(tensors, blocks_of(side, dim), strict=False))
-    added = describe_sums(sum_rows(side, passing[0])) if side.constants["ADDS"] else None
-    return Launch(side, kernel_of(side), (min(cut.items, processors),), tiled, added, cut,
+    tiled = tuple(describe(t, box) for t, box in zip(tensors, blocks_of(side, dim), strict=True))
+    return Launch(side, kernel_of(side), (min(cut.items, processors),), tiled, cut,
                   cut.splits * batch * owners * rows_of(side, cut) * dim, scalars,
                   constants_of(side, dim))
-
-
-def describe_sums(rows: int) -> Any:
-    """The descriptor of the sums of dQ, a template for `rebase`."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    layout = gl.NVMMASharedLayout.get_default_for(list(SUM_BOX), gl.float32)
-    made = TensorDescriptor(torch.empty(0), [rows, SUM_BOX[1]], [SUM_BOX[1], 1], list(SUM_BOX),
-                            layout)
-    made.base = None
-    return made
 
 
 def rows_of(side: Side, cut: Schedule) -> int:

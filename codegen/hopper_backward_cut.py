@@ -34,11 +34,6 @@ from maskdsl.shape import Shape
 
 PASS_ROWS = 64  # rows of a step
 HEAVY = 1.5  # an item is cut only if it is that much longer than the median one; not measured
-# Where dQ is added too: query heads of a step at most, and whether FULL tiles of queries are walked
-# from the last to the first. Both decide how much of Q, dO and dQ is in use at a time, which the L2
-# cache should hold; not measured.
-ADDING_HEADS = 2
-ADDING_DOWN = False
 PART_BYTES = 64 << 20  # most that float32 parts of cut items may take, all own heads together
 
 
@@ -86,9 +81,8 @@ class QuerySide:
     @cached_property
     def constants(self) -> dict[str, Any]:
         """The constexpr arguments of the kernel that the mask and the heads decide."""
-        return {"BY_KEY": False, "ADDS": False, "OWN_HEADS": self.own_heads,
-                "OWN_SPAN": ROWS // self.own_heads, "PASS_HEADS": 1,
-                "TILE": PASS_ROWS // GRAIN, "GRAIN": GRAIN, "DOWN": False}
+        return {"BY_KEY": False, "OWN_HEADS": self.own_heads, "OWN_SPAN": ROWS // self.own_heads,
+                "PASS_HEADS": 1, "TILE": PASS_ROWS // GRAIN, "GRAIN": GRAIN}
 
     @cached_property
     def plan(self) -> Plan:
@@ -121,25 +115,21 @@ class KeySide:
     positions of up to 2 heads a step.
 
     share  query heads of a key/value head
-    adds   dQ too is summed here, by atomics into a float32 buffer
     """
 
     mask: Mask
     share: int
-    adds: bool = False
 
     @property
     def pass_heads(self) -> int:
         """Query heads of a step."""
-        most = ADDING_HEADS if self.adds else 2
-        return 2 if self.share % 2 == 0 and most == 2 else 1
+        return 2 if self.share % 2 == 0 else 1
 
     @cached_property
     def constants(self) -> dict[str, Any]:
         """The constexpr arguments of the kernel that the mask and the heads decide."""
-        return {"BY_KEY": True, "ADDS": self.adds, "OWN_HEADS": 1, "OWN_SPAN": ROWS,
-                "PASS_HEADS": self.pass_heads, "TILE": 1, "GRAIN": PASS_ROWS // self.pass_heads,
-                "DOWN": self.adds and ADDING_DOWN}
+        return {"BY_KEY": True, "OWN_HEADS": 1, "OWN_SPAN": ROWS, "PASS_HEADS": self.pass_heads,
+                "TILE": 1, "GRAIN": PASS_ROWS // self.pass_heads}
 
     @property
     def by_key(self) -> KeyPlan:
@@ -221,5 +211,4 @@ def section_of(side: Side, shape: Shape, dim: int, groups: int) -> int:
     if isinstance(side, QuerySide):
         return pick_section(side.mask, shape.kv_len, 2 * 2 * dim, groups,
                             side.share // side.own_heads)
-    row = 2 * 2 * dim + (4 * dim if side.adds else 0)  # bytes of Q and dO, and of sums of dQ
-    return pick_section(side.mask, shape.q_len, row * side.pass_heads, groups, 1)
+    return pick_section(side.mask, shape.q_len, 2 * 2 * dim * side.pass_heads, groups, 1)

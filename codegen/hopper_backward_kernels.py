@@ -54,25 +54,3 @@ def sum_parts(part_ptr, out_ptr, stride_b, stride_h, stride_l, heads, rows, firs
     base = out_ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     tl.store(base + (first_row + row).to(tl.int64)[:, None] * stride_l + column[None, :],
              (acc * scale).to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def round_sums(sum_ptr, out_ptr, stride_b, stride_h, stride_l, q_len, scale, HEADS: tl.constexpr):
-    """out = scale * sum for one tile of 64 queries x 128 columns: 64 / HEADS positions of HEADS
-    heads.
-
-    sums are float32 [tiles, column half, row / 16, row % 8, column / 2, column / 8, row / 8, ..],
-    as threads hold a product of 64 x 64, 32 numbers each; tiles are in the order of batch, heads,
-    positions
-    """
-    tile, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    number = (batch * tl.num_programs(1) + group) * tl.num_programs(0) + tile
-    found = tl.load(sum_ptr + number.to(tl.int64) * 8192 + tl.arange(0, 8192))
-    found = tl.permute(found.reshape(2, 4, 8, 4, 8, 2, 2), (1, 5, 2, 0, 4, 3, 6)).reshape(64, 128)
-    span: tl.constexpr = 64 // HEADS
-    row = tl.arange(0, 64)
-    position = tile * span + row % span
-    head = (group * HEADS + row // span).to(tl.int64)
-    place = batch.to(tl.int64) * stride_b + head * stride_h + position.to(tl.int64) * stride_l
-    tl.store(out_ptr + place[:, None] + tl.arange(0, 128)[None, :],
-             (found * scale).to(out_ptr.dtype.element_ty), mask=(position < q_len)[:, None])

@@ -18,13 +18,15 @@ from maskdsl.codegen.visits import static_steps
 from maskdsl.dynamic import slots_of
 from maskdsl.expr import Mask
 from maskdsl.heads import count_heads
+from maskdsl.periodic import RandomBlocks
 from maskdsl.shape import Shape
+from maskdsl.where import Where
 
 ROWS = 128  # of an item: two warp groups of 64
 GRAIN, BLOCK_N = 32, 128  # keys of a grain (the bits of a word) and of a tile where it fits
 TILE = BLOCK_N // GRAIN
-MEASURED_DIM = 128  # larger head dimensions have not run on a GPU: they must be asked for by name
 LARGEST_DIM = 256
+LISTED_DIM = 128  # the largest of masks with data that comes with the call
 # bytes of shared memory for queries, keys, values and output; barriers and letters take the rest
 RING_BYTES = 229376
 # (places for the queries of an item, keys of a tile, slots of keys and of values), best first
@@ -73,7 +75,8 @@ class HopperConfig:
 def refuse_mask(mask: Mask, by_name: bool = False) -> str:
     """Why the Hopper kernel does not take a mask; "" where it does.
 
-    by_name  whether it was asked for by name: it then takes what was not measured yet, too
+    by_name  whether it was asked for by name: it then takes what the portable kernel is faster at,
+             too (docs/benchmarks/coverage.md, vertical_slash.md)
     """
     if slots_of(mask):
         if count_heads(mask):
@@ -82,19 +85,16 @@ def refuse_mask(mask: Mask, by_name: bool = False) -> str:
             from maskdsl.codegen.hopper_lists import refuse_listed
 
             return refuse_listed(mask)
-        return ("the mask reads data that comes with the call "
-                "(unmeasured; backend='hopper' takes it)")
-    if count_heads(mask) and not by_name:
-        return ("the mask differs by kind of head, which the Hopper kernel was not measured for; "
-                "backend='hopper' takes it")
+        return ("the mask reads data that comes with the call, where the portable kernel is mostly "
+                "faster; backend='hopper' takes it")
     kinds = [one for _, one in kinds_of(mask)]
     if any(map(has_dead_tiles, kinds)):
-        if not by_name:
-            return ("the mask has dead tiles inside its intervals, which the Hopper kernel was not "
-                    "measured for; backend='hopper' takes it")
         if len(kinds) > 1:
             return ("a kind of head has dead tiles inside its intervals, which only the portable "
                     "kernel skips")
+        if not by_name and any(isinstance(node, RandomBlocks | Where) for node in mask.walk()):
+            return ("the mask's dead tiles follow no period, where the portable kernel is faster; "
+                    "backend='hopper' takes it")
     if not all(fits_letter(make_plan(one, ROWS // 4, GRAIN, TILE)) for one in kinds):
         return "the mask has too many separate intervals"
     return ""
@@ -131,21 +131,17 @@ def head_groups(mask: Mask, count: int) -> tuple[tuple[int, ...], ...]:
     return tuple(heads[::count] for heads, _ in kinds_of(mask) if heads)
 
 
-def refuse_dims(head_dim: int, value_dim: int, by_name: bool = False, lists: bool = False) -> str:
+def refuse_dims(head_dim: int, value_dim: int, lists: bool = False) -> str:
     """Why the Hopper kernel does not take head dimensions; "" where it does.
 
-    by_name  whether it was asked for by name: it then takes what was not measured yet, too
-    lists    whether the mask reads data that comes with the call: its rows are always one part
+    lists  whether the mask reads data that comes with the call: its rows are always one part
     """
     largest = max(head_dim, value_dim)
-    if lists and largest > MEASURED_DIM:
-        return (f"head dimension {largest} is beyond {MEASURED_DIM}, the most that masks with data "
+    if lists and largest > LISTED_DIM:
+        return (f"head dimension {largest} is beyond {LISTED_DIM}, the most that masks with data "
                 "that comes with the call have there")
     if largest > LARGEST_DIM:
         return f"head dimension {largest} is beyond {LARGEST_DIM}"
-    if largest > MEASURED_DIM and not by_name:
-        return (f"head dimension {largest} is beyond {MEASURED_DIM}, which the Hopper kernel was "
-                "measured for; backend='hopper' takes it")
     if width_of(value_dim) > width_of(head_dim):
         return "values are wider than queries"
     return ""
@@ -212,15 +208,12 @@ def room_config(config: HopperConfig, letters: int, keys: int, k_slots: int, v_s
 
 
 @lru_cache(maxsize=256)
-def pick_hopper(mask: Mask, group: int, head_dim: int, value_dim: int = 0,
-                by_name: bool = False) -> HopperConfig:
-    """The config for a mask, heads per key/value head and head dimensions (value_dim 0: the same).
-
-    by_name  whether the kernel was asked for by name: rows of 65 to 96 elements are not padded then
-    """
+def pick_hopper(mask: Mask, group: int, head_dim: int, value_dim: int = 0) -> HopperConfig:
+    """The config for a mask, heads per key/value head and head dimensions (value_dim 0: the
+    same)."""
     packed = next(n for n in (4, 2, 1) if group % n == 0 and packs(mask, n))
     value_dim = value_dim or head_dim
-    padded = not (by_name and is_padded(head_dim, value_dim))
+    padded = not is_padded(head_dim, value_dim)  # where rows need not be padded they are not
     letters, keys, k_slots, v_slots = pick_room(head_dim, value_dim, padded)
     narrow = pick_narrow(make_plans(mask, ROWS // packed, keys // GRAIN), keys,
                          tuple(len(heads) for heads, _ in kinds_of(mask)))

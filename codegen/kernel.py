@@ -98,7 +98,7 @@ class TritonForward:
             spans(one)  # a function that cannot be compiled is told now, not at the first call
         self.chosen = config.check() if config else None
         self.variants: dict[tuple[Any, ...], Variant] = {}
-        self.hopper = HopperForward(mask, must) if hopper else None
+        self.hopper = HopperForward(mask) if hopper else None
         self.must = must
 
     def refuse_hopper(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
@@ -112,8 +112,7 @@ class TritonForward:
         if self.scores:
             return "scores are modified, which only the portable kernel does"
         fits = all(fits_tma(t, live_strides(t)) for t in (q, k, v))
-        return refuse_mask(self.mask, self.must) or \
-            refuse_call(self.mask, q, v, fits, self.must)
+        return refuse_mask(self.mask, self.must) or refuse_call(self.mask, q, v, fits)
 
     @cached_property
     def width(self) -> float:

@@ -50,16 +50,15 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
             layout: str = "bhld", scale: float | None = None,
             tile: tuple[int, int] | None = None,
             scores: ScoreMod | Iterable[ScoreMod] | None = None,
-            autotune: bool = False, backward: bool | str = True) -> Attention:
+            autotune: bool = False, backward: bool = True) -> Attention:
     """A callable that computes attention under `mask`, specialised for it.
 
     mask     the allowed (query, key) pairs
     causal   True (default) intersects with `Causal()`, since these are decoder prefill patterns;
              False takes the mask as it stands (two-sided windows, `PrefixLM`, cross attention)
     backend  "hopper" (H100, H200: the fastest kernel; static masks, float16 and bfloat16, head
-             dimensions up to 128; asked for by name also up to 256, `PerHead`, periodic masks and
-             call-time data, which "triton" runs by default), "triton" (any GPU), "torch" (any
-             device, differentiable).
+             dimensions up to 256; asked for by name also call-time data and random blocks, which
+             "triton" runs by default), "triton" (any GPU), "torch" (any device).
              Default: the first of them that this machine and the mask allow; what "hopper" then
              cannot take (`.refusal(q, k, v)` says what and why), "triton" computes. A backend
              asked for by name runs or raises. What was chosen is told by `.backend`.
@@ -73,9 +72,8 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     scores   score modifiers, applied in order: `Softcap`, `ALiBi`, `Bias`, `RelativePosition`,
              `SinkLogits`; the data of those that take some is given at the call, by name
     backward True (default): kernels compute the gradients of q, k, v and the data of score
-             modifiers, the same bits every time. "atomic" (backend="hopper" by name): they may add
-             up dQ by atomics. False: an input that requires a gradient is a GradientError. The
-             torch backend is always differentiable, twice as well.
+             modifiers, the same bits every time. False: an input that requires a gradient is a
+             GradientError. The torch backend is always differentiable, twice as well.
 
     Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError.
     """
@@ -86,7 +84,7 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     whole = simplify(written)
     slots = check_names(mask)
     mods = check_scores(scores, slots)
-    check_backward(backward, backend)
+    check_backward(backward)
     chosen = pick_backend(backend, whole, tile, bool(mods))
     if autotune:
         check_autotune(chosen, tile, bool(mods))
@@ -105,7 +103,7 @@ class Attention:
     def __init__(self, mask: Mask, backend: str, layout: str, scale: float | None,
                  tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = (),
                  scores: tuple[ScoreMod, ...] = (), *, strict: bool = True,
-                 autotune: bool = False, backward: bool | str = True) -> None:
+                 autotune: bool = False, backward: bool = True) -> None:
         self.mask = mask
         self.backward = backward
         self.slots = slots  # as the user wrote them: simplification may drop one
@@ -211,7 +209,7 @@ class Attention:
                 q, k, v, *(slots.get(name) for name in self._score_names))
             key = (wants, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
                    q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-                   (k.data_ptr() | v.data_ptr()) % 16,
+                   (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16,
                    scale, q_offset, total_len, return_lse,
                    *(describe(slots[name]) for name in sorted(slots)), *sorted(slots))
             call = self._ready.get(key)
@@ -267,8 +265,7 @@ class Attention:
             from maskdsl.codegen.gradients import prepare_gradients
 
             forward: Any = self._forward
-            return prepare_gradients(forward, q, k, v, shape, number, self.layout, return_lse,
-                                     self.backward == "atomic")
+            return prepare_gradients(forward, q, k, v, shape, number, self.layout, return_lse)
         if self._autotuned is not None:
             return self._autotuned.prepare(q, k, v, shape, number, self.layout, return_lse, data)
         return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)
@@ -306,8 +303,7 @@ class Attention:
         q, k, v = tensors[:3]
         views, shape, number, _ = self._check(q, k, v, *numbers, slots)
         forward: Any = self._forward
-        call = prepare_backward(forward, *views, shape, number, self.layout,
-                                self.backward == "atomic")
+        call = prepare_backward(forward, *views, shape, number, self.layout)
         names = frozenset(wanted - set("qkv"))
         found = call.gradients(tensors, grad_out, grad_lse, ("q" in wanted, bool(wanted & {"k",
                                "v"})), self._data_of(slots), names)

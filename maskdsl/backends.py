@@ -33,14 +33,11 @@ def pick_backend(backend: str | None, mask: Mask, tile: object = None,
     return backend
 
 
-def check_backward(backward: object, backend: str | None) -> None:
-    """A GradientError where no kernels compute gradients that way."""
-    if backward not in (True, False, "atomic"):
+def check_backward(backward: object) -> None:
+    """A GradientError for what says neither that gradients are wanted nor that they are not."""
+    if backward not in (True, False):
         raise GradientError(f"backward={backward!r}", "no such backward pass",
-                            "backward=True, backward=False or backward='atomic'")
-    if backward == "atomic" and backend != "hopper":
-        raise GradientError("backward='atomic'", "only the Hopper backward adds up by atomics, and "
-                            "it must be asked for by name", "backend='hopper', or backward=True")
+                            "backward=True or backward=False")
 
 
 def tell_refusal(forward: TritonForward | TorchForward, tensors: tuple[torch.Tensor, ...],

@@ -198,14 +198,13 @@ def count_spills(chip: str, text: str, serial: bool = False) -> int:
 
 
 def compile_hopper(mask: Mask, dtype: torch.dtype, head_dim: int, value_dim: int, group: int,
-                   *, causal: bool = True,
-                   by_name: bool = True) -> tuple[Compiled, list[list[str]]]:
+                   *, causal: bool = True) -> tuple[Compiled, list[list[str]]]:
     """Compile the Hopper kernel of a mask for `group` query heads a key/value head; also the
     machine instructions of its loops (`loops_of`)."""
     from maskdsl.codegen.hopper import HopperForward, constants_of, pick_hopper
 
     whole = simplify(Causal() & mask if causal else mask)
-    config = pick_hopper(whole, group, head_dim, value_dim, by_name)
+    config = pick_hopper(whole, group, head_dim, value_dim)
     _, forward = HopperForward(whole).kernel(config)
     return compile_gluon(forward, dtype, hopper_boxes(config, head_dim, value_dim),
                          constants_of(config, head_dim, value_dim, with_lse=True))
@@ -237,19 +236,18 @@ def hopper_boxes(config: Any, head_dim: int, value_dim: int) -> dict[str, tuple[
 
 
 def compile_hopper_backward(mask: Mask, dtype: torch.dtype, head_dim: int, share: int,
-                            by_key: bool, *, adds: bool = False,
+                            by_key: bool, *,
                             causal: bool = True) -> tuple[Compiled, list[list[str]]]:
     """Compile one side of the Hopper backward for `share` query heads a key/value head."""
     from maskdsl.codegen.hopper_backward import blocks_of, constants_of, kernel_of
     from maskdsl.codegen.hopper_backward_cut import KeySide, QuerySide
 
     whole = simplify(Causal() & mask if causal else mask)
-    side = KeySide(whole, share, adds) if by_key else QuerySide(whole, share)
+    side = KeySide(whole, share) if by_key else QuerySide(whole, share)
     kernel = kernel_of(side)
     boxes = dict(zip((name for name in kernel.arg_names if name.endswith("desc")),
-                     blocks_of(side, head_dim), strict=False))
-    constants = constants_of(side, head_dim) | ({} if adds else {"sum_desc": None})
-    return compile_gluon(kernel, dtype, boxes, constants)
+                     blocks_of(side, head_dim), strict=True))
+    return compile_gluon(kernel, dtype, boxes, constants_of(side, head_dim))
 
 
 def compile_gluon(forward: Any, dtype: torch.dtype, blocks: dict[str, tuple[int, ...]],
@@ -264,11 +262,8 @@ def compile_gluon(forward: Any, dtype: torch.dtype, blocks: dict[str, tuple[int,
     signature, places, attributes = {}, {}, {}
     for i, arg in enumerate(forward.arg_names):
         if arg in blocks:
-            adds = arg == "sum_desc"
-            layout = gl.NVMMASharedLayout.get_default_for(list(blocks[arg]),
-                                                          gl.float32 if adds else element)
-            name = "fp32" if adds else NAMES[dtype]
-            signature[arg] = f"tensordesc<{name}{list(blocks[arg])},{layout!r}>"
+            layout = gl.NVMMASharedLayout.get_default_for(list(blocks[arg]), element)
+            signature[arg] = f"tensordesc<{NAMES[dtype]}{list(blocks[arg])},{layout!r}>"
         elif arg in constants:
             signature[arg], places[(i,)] = "constexpr", constants[arg]
         elif arg.endswith("_ptr") or arg in {"queue", "own_table"} or arg in pointers:

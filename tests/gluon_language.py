@@ -169,17 +169,13 @@ def copies(holder: Holder) -> SimpleNamespace:
         holder.machine.copies.append(carry_out)
         holder.machine.pause()
 
-    def store(desc: Descriptor, place: list[Any], source: Shared, adds: bool = False) -> None:
+    def store(desc: Descriptor, place: list[Any], source: Shared) -> None:
         source.machine.check_fenced(source)
         assert list(source.shape) == desc.shape and \
             source.layout.swizzle_byte_width == desc.layout.swizzle_byte_width, "another box"
         place, group = [int(x) for x in place], holder.machine.me()
-        write = desc.add if adds else desc.store
-        group.stores.append(lambda: write(place, source.read()))
+        group.stores.append(lambda: desc.store(place, source.read()))
         holder.machine.pause()
-
-    def add(desc: Descriptor, place: list[Any], source: Shared) -> None:
-        store(desc, place, source, True)
 
     def store_wait(left: int) -> None:
         group = holder.machine.me()
@@ -187,7 +183,7 @@ def copies(holder: Holder) -> SimpleNamespace:
             group.stores.pop(0)()
 
     return SimpleNamespace(async_copy_global_to_shared=load, async_copy_shared_to_global=store,
-                           async_add_shared_to_global=add, store_wait=store_wait)
+                           store_wait=store_wait)
 
 
 def products(holder: Holder) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -268,10 +264,8 @@ def names_for() -> dict[str, Any]:
             "SliceLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "DotOperandLayout",
             "DistributedLinearLayout", "SwizzledSharedLayout")})
     mma, wait = products(holder)
-    tma = copies(holder)
     return {"gl": gl, "gluon": SimpleNamespace(jit=jit), "mbarrier": barriers(holder),
-            "tma": tma, "async_add_shared_to_global": tma.async_add_shared_to_global,
-            "warpgroup_mma": mma, "warpgroup_mma_wait": wait,
+            "tma": copies(holder), "warpgroup_mma": mma, "warpgroup_mma_wait": wait,
             "fence_async_shared": fence(holder), "range": count, "machine": holder}
 
 

@@ -265,18 +265,9 @@ class Descriptor:
         return block
 
     def store(self, place: list[Any], block: Any) -> None:
-        theirs, part = self.part(place, block)
-        self.tensor[theirs] = part
-
-    def add(self, place: list[Any], block: Any) -> None:
-        theirs, part = self.part(place, block)
-        self.tensor[theirs] += part
-
-    def part(self, place: list[Any], block: Any) -> tuple[tuple[slice, ...], torch.Tensor]:
-        """Where a block goes, and as much of it as there is room for."""
         theirs, ours = self.box(place)
         part = torch.from_numpy(np.ascontiguousarray(np.asarray(block, np.float32)[ours]))
-        return theirs, part.to(self.tensor.dtype)
+        self.tensor[theirs] = part.to(self.tensor.dtype)
 
 
 class Kernel:
@@ -308,8 +299,6 @@ def take(x: Any) -> Any:
         return Pointer(flat)
     if isinstance(x, bool | int | float):
         return lift(x)
-    if x is None:
-        return x
     return Descriptor(x)
 
 

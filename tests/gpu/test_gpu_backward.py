@@ -1,4 +1,4 @@
-"""The gradients' kernels on a real GPU, against dense autograd in float64. Needs CUDA.
+"""The portable gradients on a real GPU, against dense autograd in float64. Needs CUDA.
 
 Nearly all of the time is ptxas: about ten seconds for each mask, dtype and head size. So `pytest -n
 12` pays, and random tests come in parts, which run side by side.
@@ -58,7 +58,7 @@ from maskdsl.scores import ScoreMod
 
 pytestmark = pytest.mark.gpu
 
-OPTIONS: dict[str, str] = {}
+OPTIONS = {"backend": "triton"}
 TRIANGLE = Sink(8) | Window(512) | LastQ(128)
 MASKS: list[tuple[Mask, bool]] = [
     (TRIANGLE, True), (Full(), True), (Full(), False), (Empty(), True),
@@ -81,15 +81,15 @@ def test_mask_and_length(mask: Mask, causal: bool, dtype: torch.dtype) -> None:
     """Lengths in fours and not: rows' numbers come through TMA and through pointers."""
     for q_len, kv_len in LENGTHS:
         check_gradients(Case(mask, q_len, kv_len, 2, 4, 2, 64, dtype=dtype, causal=causal,
-                             options={**OPTIONS, "backend": "triton"}), "cuda")
+                             options=OPTIONS), "cuda")
 
 
 @pytest.mark.parametrize("backend", [None, "triton"])
 def test_backends(backend: str | None) -> None:
-    """The default's forward pass, which may be the Hopper kernel, before the portable gradients."""
+    """The default, which may be the Hopper kernels (tests/gpu/test_gpu_hopper_backward.py)."""
     for q_len, kv_len in LENGTHS:
         check_gradients(Case(TRIANGLE, q_len, kv_len, 2, 4, 2, 64, dtype=torch.float16,
-                             options={**OPTIONS, "backend": backend}), "cuda")
+                             options={"backend": backend}), "cuda")
 
 
 @pytest.mark.parametrize(("dim", "value_dim", "dtype"), [
@@ -121,7 +121,7 @@ def test_long_tiles_are_cut(mask: Mask, made: Any) -> None:
         patch.setattr(backward_cut, "SHARE", 0.01)
         backward_of.cache_clear()
         check_gradients(Case(mask, 5003, 5003, 1, 2, 1, 64, dtype=torch.bfloat16, slots=made(),
-                             options={**OPTIONS, "backend": "triton"}), "cuda")
+                             options=OPTIONS), "cuda")
     backward_of.cache_clear()
     assert seen[0][1].parts > 2
 
@@ -131,7 +131,7 @@ def test_gradients_that_are_no_tiles(length: int) -> None:
     """Of stride 0, turned round, and a slice of a larger tensor: no copy by TMA, the same bits."""
     leaves = [t.requires_grad_() for t in make_inputs(
         Case(TRIANGLE, length, length, 2, 4, 2, 64, dtype=torch.bfloat16), "cuda")]
-    out = maskdsl.compile(TRIANGLE, backend="triton", **OPTIONS)(*leaves)
+    out = maskdsl.compile(TRIANGLE, **OPTIONS)(*leaves)
     plain = torch.randn_like(out)
     wide = torch.zeros(2, 4, length, 67, device="cuda", dtype=out.dtype)
     wide[..., 1:65] = plain
@@ -225,7 +225,7 @@ def check_random(drawn: st.DataObject, mask: Mask, shape: Shape, **more: Any) ->
         slots = {name: moved(value) for name, value in drawn.draw(slot_data(mask, shape)).items()}
         check_gradients(Case(mask, shape.q_len, shape.kv_len, BATCH, HEADS, KV_HEADS, 32,
                              causal=False, dtype=torch.float16, q_offset=shape.q_offset,
-                             total_len=shape.total_len, options={"backend": "triton", **OPTIONS},
+                             total_len=shape.total_len, options=OPTIONS,
                              slots=slots, **more), "cuda")
 
 
@@ -269,8 +269,8 @@ DYNAMIC: list[tuple[Mask, Any]] = [
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 64), (torch.bfloat16, 128),
                                             (torch.float32, 64)])
 def test_slots(mask: Mask, made: Any, dtype: torch.dtype, dim: int) -> None:
-    check_gradients(Case(mask, N, N, 1, 4, 2, dim, dtype=dtype, options={
-        "backend": "triton", **OPTIONS}, slots=made()), "cuda")
+    check_gradients(Case(mask, N, N, 1, 4, 2, dim, dtype=dtype, options=OPTIONS, slots=made()),
+                    "cuda")
 
 
 @pytest.mark.parametrize("mod", [Softcap(5.0), ALiBi(), Bias("bias"),
@@ -279,7 +279,7 @@ def test_slots(mask: Mask, made: Any, dtype: torch.dtype, dim: int) -> None:
 def test_each_modifier(mod: ScoreMod, dtype: torch.dtype) -> None:
     data = make_data((mod,), Shape(900, 900), 0, (1, 4))
     check_gradients(Case(TRIANGLE, 900, 900, 1, 4, 2, 64, dtype=dtype, scores=(mod,), data=data,
-                         options={"backend": "triton", **OPTIONS}), "cuda")
+                         options=OPTIONS), "cuda")
 
 
 def test_the_same_bits_with_lists_and_modifiers() -> None:
@@ -289,7 +289,7 @@ def test_the_same_bits_with_lists_and_modifiers() -> None:
     data = {name: t.cuda().requires_grad_() for name, t in
             make_data(mods, Shape(1000, 1000), 0, (1, 1)).items()}
     mask, made = DYNAMIC[0]
-    attn = maskdsl.compile(mask, backend="triton", scores=mods, **OPTIONS)
+    attn = maskdsl.compile(mask, scores=mods, **OPTIONS)
     wanted = [*leaves, *data.values()]
     first, second = (torch.autograd.grad(attn(*leaves, **data, **made()).square().sum(), wanted)
                      for _ in range(2))
@@ -298,7 +298,7 @@ def test_the_same_bits_with_lists_and_modifiers() -> None:
 
 def test_in_a_graph() -> None:
     mask, made = DYNAMIC[0]
-    attn = maskdsl.compile(mask, backend="triton", **OPTIONS)
+    attn = maskdsl.compile(mask, **OPTIONS)
     lists = made()
     leaves = [t.requires_grad_() for t in make_inputs(
         Case(TRIANGLE, N, N, 1, 4, 2, 64, dtype=torch.bfloat16), "cuda")]

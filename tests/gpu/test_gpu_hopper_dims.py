@@ -1,4 +1,4 @@
-"""The Hopper kernel where it must be asked for by name: head dimensions up to 256, rows that are
+"""The Hopper kernel beyond plain masks of 128: head dimensions up to 256, rows that are
 not padded, masks that differ by kind of head or have dead tiles inside. Needs an H100 or H200."""
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from maskdsl import (
     RandomBlocks,
     Shape,
     Sink,
+    Stride,
     Where,
     Window,
 )
@@ -113,11 +114,12 @@ def test_long_calls_agree_with_the_portable_kernel(dim: int, value_dim: int) -> 
         assert torch.equal(hopper(q, k, v), out)
 
 
-def test_by_name_only() -> None:
-    """The default stays the portable kernel until these calls were measured."""
+def test_defaults() -> None:
+    """Large heads, kinds of heads and periodic masks by default, random blocks by name."""
     q, k, v = make_inputs(Case(TRIANGLE, 64, 64, 1, 8, 2, 256, dtype=torch.bfloat16), "cuda")
-    assert "backend='hopper' takes it" in maskdsl.compile(TRIANGLE).refusal(q, k, v)
-    assert maskdsl.compile(TRIANGLE, backend="hopper").refusal(q, k, v) == ""
-    kinds = PerHead([Full(), TRIANGLE] * 4)
-    assert maskdsl.compile(kinds).backend == "triton"
-    assert maskdsl.compile(kinds, backend="hopper").refusal(q, k, v) == ""
+    for mask in (TRIANGLE, PerHead([Full(), TRIANGLE] * 4), Stride(256) | Window(64)):
+        attn = maskdsl.compile(mask)
+        assert attn.backend == "hopper" and attn.refusal(q, k, v) == ""
+    blocks = RandomBlocks(64, 3) | Window(192)
+    assert maskdsl.compile(blocks).backend == "triton"
+    assert maskdsl.compile(blocks, backend="hopper").refusal(q, k, v) == ""

@@ -3,7 +3,6 @@ what it refuses, and how it is asked for."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +11,23 @@ import pytest
 import torch
 
 import maskdsl
-from maskdsl import Causal, Full, LastQ, PerHead, Shape, Sink, Stride, VerticalSlash, Window
-from maskdsl.codegen import hopper_backward, hopper_reduce
-from maskdsl.codegen.hopper_backward import SUM_BOX, Launch, blocks_of, plan_launch, pointers
+from maskdsl import (
+    Causal,
+    Full,
+    LastQ,
+    Mask,
+    PerHead,
+    Shape,
+    Sink,
+    Softcap,
+    Stride,
+    VerticalSlash,
+    Window,
+)
+from maskdsl.codegen import hopper_backward, kernel
+from maskdsl.codegen.backward import TritonBackward
+from maskdsl.codegen.gradients import prepare_backward
+from maskdsl.codegen.hopper_backward import Launch, blocks_of, plan_launch, pointers
 from maskdsl.codegen.hopper_backward_cut import (
     KeySide,
     QuerySide,
@@ -22,9 +35,10 @@ from maskdsl.codegen.hopper_backward_cut import (
     refuse_dims,
     refuse_mask,
 )
-from maskdsl.codegen.hopper_backward_kernels import round_sums, sum_parts, sum_products
-from maskdsl.codegen.kernel import interpreting
-from maskdsl.errors import BackendError, GradientError
+from maskdsl.codegen.hopper_backward_kernels import sum_parts, sum_products
+from maskdsl.codegen.kernel import TritonForward, interpreting
+from maskdsl.codegen.tune import Config
+from maskdsl.errors import GradientError
 from maskdsl.simplify import simplify
 
 TRIANGLE = simplify(Causal() & (Sink(8) | Window(512) | LastQ(128)))
@@ -56,26 +70,6 @@ def test_parts_are_added_up() -> None:
     expected = torch.zeros(2, 4, 300, 64)
     expected[:, :, 256:] = 0.5 * parts.sum(0)[:, :, :44]
     torch.testing.assert_close(out.float(), expected, atol=2e-3, rtol=1e-3)
-
-
-@interpreted
-@pytest.mark.parametrize("together", [1, 2])
-def test_sums_are_rounded(together: int) -> None:
-    """Each number is found where a thread of a 64 x 64 product holds it: thread t of warp w has, of
-    every eight columns, two neighbours in the rows 16 w + t // 4 and 8 below."""
-    dq = torch.randn(2, 4, 75, 128)
-    span, tiles = 64 // together, -(-75 * together // 64)
-    sums = torch.full((2 * 4 // together * tiles, 2, 128, 8, 4), torch.nan)
-    for b, head, position in itertools.product(range(2), range(4), range(75)):
-        tile = (b * 4 // together + head // together) * tiles + position // span
-        row = head % together * span + position % span
-        thread = row // 16 * 32 + row % 8 * 4
-        for column in range(128):
-            sums[tile, column // 64, thread + column % 8 // 2, column % 64 // 8,
-                 row % 16 // 8 * 2 + column % 2] = dq[b, head, position, column]
-    out = torch.zeros(2, 75, 4, 128, dtype=torch.float16).transpose(1, 2)
-    round_sums[(tiles, 4 // together, 2)](sums, out, *out.stride()[:3], 75, 0.5, HEADS=together)
-    torch.testing.assert_close(out, (dq * 0.5).half(), atol=0, rtol=0)
 
 
 def test_a_sink_and_last_rows_are_cut() -> None:
@@ -117,24 +111,18 @@ def made(side: KeySide | QuerySide, dim: int) -> Launch:
 
 @pytest.mark.parametrize(("side", "dim"), [
     (KeySide(TRIANGLE, 4), 64), (KeySide(TRIANGLE, 4), 128), (QuerySide(TRIANGLE, 4), 64),
-    (QuerySide(TRIANGLE, 4), 128), (KeySide(TRIANGLE, 4, True), 128)], ids=repr)
+    (QuerySide(TRIANGLE, 4), 128)], ids=repr)
 def test_launch_arguments_fit_the_kernel(side: KeySide | QuerySide, dim: int) -> None:
-    """As many arguments as the emitted kernel names, boxes of 64 rows or one grain; what is added
-    to dQ goes in boxes of one row a thread."""
+    """As many arguments as the emitted kernel names, boxes of 64 rows or one grain."""
     plan = made(side, dim)
     text = side.source
     names = text[text.index("def gradients(") + len("def gradients("):]
     names = [name.split(":")[0].strip() for name in names[:names.index("):")].split(",")]
     nothing = torch.zeros(1)
-    given = len(plan.tiled) + 1 + len(plan.scalars) + len(
-        pointers((nothing, nothing), (), nothing))
+    given = len(plan.tiled) + len(plan.scalars) + len(pointers((nothing, nothing), (), nothing))
     assert set(names[given:]) == set(plan.constants) - {"num_warps", "maxnreg"}
     boxes = [tuple(one.block_shape) for one in plan.tiled]
-    adds = [SUM_BOX] if side.constants["ADDS"] else []
-    assert boxes + adds == blocks_of(side, dim)
-    assert (plan.added is not None) == bool(adds)
-    if adds:  # 5 tiles of 64 rows of 4 pairs of heads: 32 positions of 2 heads each
-        assert plan.added.base is None and plan.added.shape == [2 * 128 * 10 * 4, 32]
+    assert boxes == blocks_of(side, dim)
     for box in boxes:
         rows = box[0] * box[1] * box[2]
         assert (rows, box[3]) in {(64, dim), (32, 64)}
@@ -186,28 +174,43 @@ def test_what_it_refuses() -> None:
 
 
 @interpreted
-def test_it_must_be_asked_for_by_name() -> None:
-    """No call reaches it otherwise; and by name it says why it does not take a call."""
+def test_why_it_does_not_take_a_call() -> None:
     q = torch.zeros(1, 2, 64, 64, dtype=torch.float16)
-    attn = maskdsl.compile(Window(9), backend="triton", backward=True)
-    assert "backend='hopper'" in attn.refusal(q, q, q, backward=True)
-    named = maskdsl.compile(Window(9), backend="hopper", backward=True)
-    assert named.refusal(q, q, q, backward=True) == "cpu is no Hopper GPU"
-    plain = maskdsl.compile(Window(9), backend="torch")
-    assert plain.refusal(q, q, q, backward=True) == "backend='torch'"
+    for backend, reason in (("triton", "backend='triton' is the portable kernel"),
+                            ("hopper", "cpu is no Hopper GPU"), ("torch", "backend='torch'")):
+        attn = maskdsl.compile(Window(9), backend=backend)
+        assert attn.refusal(q, q, q, backward=True) == reason
 
 
-@pytest.mark.parametrize(("backend", "backward"), [
-    ("triton", "atomic"), (None, "atomic"), ("hopper", "fast"), ("torch", 2)])
+@interpreted
+@pytest.mark.parametrize("must", [False, True])
+@pytest.mark.parametrize("layout", ["bhld", "blhd"])
+def test_it_is_the_default_where_it_takes_a_call(monkeypatch: pytest.MonkeyPatch, must: bool,
+                                                 layout: str) -> None:
+    """On a Hopper GPU, which is pretended here, by name or not; portable kernels do the rest."""
+    monkeypatch.setattr(kernel, "arch_of", lambda _: "sm_90")
+    monkeypatch.setattr(TritonForward, "prepare", lambda *_: lambda *_: None)
+    scale, shape = 0.1, Shape(64, 64)
+
+    def chosen(mask: Mask, dim: int = 64, **options: Any) -> Any:
+        forward = TritonForward(simplify(mask), **{"hopper": True, "must": must, **options})
+        q = torch.zeros(1, 64, 4, dim, dtype=torch.float16).transpose(1, 2)
+        k = torch.zeros(1, 64, 2, dim, dtype=torch.float16).transpose(1, 2)
+        return prepare_backward(forward, q, k, k, shape, scale, layout).kernels
+
+    made = chosen(Causal() & Window(9))
+    assert isinstance(made, hopper_backward.HopperBackward) and made.by_key.side.share == 2
+    assert made is chosen(Causal() & Window(9))  # calls of one mask share it
+    for other in (chosen(Window(9), hopper=False, must=False), chosen(Window(9), 32),
+                  chosen(Window(9), config=Config(64, 64, 4, 2)),
+                  chosen(Window(9), scores=(Softcap(5.0),)),
+                  chosen(PerHead([Sink(4)] * 2 + [Window(9)] * 2)),
+                  chosen(Causal() & (Stride(256) | Window(128)))):
+        assert isinstance(other, TritonBackward)
+
+
+@pytest.mark.parametrize("backend", [None, "triton", "hopper", "torch"])
+@pytest.mark.parametrize("backward", ["atomic", 2, None])
 def test_bad_backward(backend: str | None, backward: object) -> None:
-    with pytest.raises(GradientError):
+    with pytest.raises(GradientError, match="backward=True or backward=False"):
         maskdsl.compile(Window(9), backend=backend, backward=backward)  # type: ignore[arg-type]
-
-
-def test_a_triton_that_cannot_add_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only who asks for atomics hears of it; what is imported and the two kernels go on."""
-    assert not hopper_reduce.refuse_adding()
-    monkeypatch.setattr(hopper_reduce, "METHOD", "create_nothing")
-    hopper_backward.HopperBackward(TRIANGLE, 4)
-    with pytest.raises(BackendError, match="create_nothing"):
-        hopper_backward.HopperBackward(TRIANGLE, 4, True)

@@ -119,7 +119,7 @@ def test_random_masks(on_machine: None, mask: Mask, shape: Shape, data: st.DataO
 
 
 def test_by_name_only() -> None:
-    """What no GPU has run is no default."""
+    """Where the portable kernel is mostly faster, it is the default."""
     for mask in (VerticalSlash("vs"), Blocks("blk") - Window(64)):
         whole = simplify(Causal() & mask)
         assert "backend='hopper' takes it" in refuse_mask(whole)

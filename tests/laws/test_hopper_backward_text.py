@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from strategies import masks, shapes
 
 from maskdsl import Causal, Chunk, FirstQ, Full, LastQ, Mask, Shape, Sink, Window, dense, simplify
-from maskdsl.codegen import hopper_backward_cut
 from maskdsl.codegen.hopper_backward_cut import (
     KeySide,
     QuerySide,
@@ -80,7 +79,7 @@ class Walk:
             assert batch == 0 and last > first
             for n in range(int(first), int(last)):
                 member, is_masked, i, start = self.names["place_of"](
-                    n, loose, masked, full, self.side.members, state, c.TILE, c.GRAIN, c.DOWN)
+                    n, loose, masked, full, self.side.members, state, c.TILE, c.GRAIN)
                 starts = [int(start) + j * c.GRAIN for j in range(c.TILE)]
                 if is_masked:
                     starts = [int(self.names["start_of"](i + j, loose, state, c.GRAIN))
@@ -171,16 +170,3 @@ def test_heavy_tiles_are_cut(mask: Mask, kind: Any) -> None:
     assert cut.splits > 1 and cut.split_count >= 1
     live = dense(mask, shape, 1, 1, "cpu")[0, 0].numpy().astype(np.int64)
     assert (Walk(side, shape, cut, 1).count() == live).all()
-
-
-@pytest.mark.parametrize("heads", [1, 2])
-def test_walks_where_dq_is_added(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
-    """From the last tile to the first, by one head or two: every pair is counted once."""
-    monkeypatch.setattr(hopper_backward_cut, "ADDING_DOWN", True)
-    monkeypatch.setattr(hopper_backward_cut, "ADDING_HEADS", heads)
-    for mask in (Causal(), Full(), TRIANGLE & Causal(), Chunk(192) & Causal()):
-        side, shape = KeySide(simplify(mask), 4, True), Shape(700, 900)
-        assert side.constants["DOWN"] and side.constants["PASS_HEADS"] == heads
-        cut = cut_call(side, shape, 1, 1, 2, 512)
-        live = dense(mask, shape, 1, 1, "cpu")[0, 0].numpy().astype(np.int64)
-        assert (Walk(side, shape, cut, 1).count() == live).all()

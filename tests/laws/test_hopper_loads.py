@@ -18,7 +18,15 @@ import pytest
 from maskdsl import Causal, Window, simplify
 from maskdsl.codegen.emit_hopper import emit_hopper
 from maskdsl.codegen.hopper import blocks_of
-from maskdsl.codegen.hopper_cut import GRAIN, make_plans, parts_of, pick_hopper, value_parts
+from maskdsl.codegen.hopper_cut import (
+    GRAIN,
+    make_plans,
+    parts_of,
+    pick_hopper,
+    pick_room,
+    room_config,
+    value_parts,
+)
 from maskdsl.tiles import Ints
 
 FUNCTIONS = ("query_place", "query_phase", "load_queries", "load_loose", "load_full")
@@ -102,8 +110,8 @@ class Barrier:
 @pytest.mark.parametrize(("dim", "value_dim"), DIMS)
 def test_tiles_hold_their_keys(dim: int, value_dim: int, padded: bool) -> None:
     """Whole tiles, tiles of scattered grains, and narrow ones, of keys and of values."""
-    config = pick_hopper(simplify(Causal() & Window(99)), 4, dim, value_dim, by_name=not padded)
-    padded = config.padded
+    config = pick_hopper(simplify(Causal() & Window(99)), 4, dim, value_dim)
+    config = room_config(config, *pick_room(dim, value_dim, padded), padded)
     blocks = blocks_of(config, dim, value_dim)
     n, slots, bar = config.block_n, 2, Barrier()
     load = functions(bar)
@@ -137,7 +145,7 @@ def test_tiles_hold_their_keys(dim: int, value_dim: int, padded: bool) -> None:
 @pytest.mark.parametrize("group", [4, 2, 1])
 @pytest.mark.parametrize(("dim", "value_dim"), DIMS)
 def test_queries_and_output_share_their_place(dim: int, value_dim: int, group: int) -> None:
-    config = pick_hopper(simplify(Causal() & Window(99)), group, dim, value_dim, by_name=True)
+    config = pick_hopper(simplify(Causal() & Window(99)), group, dim, value_dim)
     (parts, width), (many, narrow) = (parts_of(dim, config.padded),
                                       value_parts(dim, value_dim, config.padded))
     bar, heads = Barrier(), config.heads_packed

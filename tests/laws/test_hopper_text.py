@@ -45,7 +45,6 @@ from maskdsl.codegen.hopper_cut import (
     Schedule,
     count_grains,
     head_groups,
-    kinds_of,
     make_plans,
     parts_of,
     pick_hopper,
@@ -186,7 +185,7 @@ def check(mask: Mask, shape: Shape, group: int = 4, groups: int = 2, processors:
     whole = simplify(mask)
     if refuse_mask(whole, by_name=True) or not shape.q_len or not shape.kv_len:
         return
-    config = pick_hopper(whole, group, dim, by_name=True)
+    config = pick_hopper(whole, group, dim)
     groups = (count_heads(whole) or groups * config.heads_packed) // config.heads_packed
     plans = make_plans(whole, config.span, config.tile)
     cut = schedule(plans[0], config, shape, groups, groups, processors, len(plans))
@@ -246,7 +245,9 @@ SIEVED = [
 def test_dead_grains_are_left_out(mask: Mask, causal: bool) -> None:
     """The planning warp's own list; every live pair once, and most dead grains never."""
     whole = simplify(Causal() & mask) if causal else simplify(mask)
-    assert not refuse_mask(whole, by_name=True) and "dead tiles" in refuse_mask(whole)
+    chance = any(isinstance(node, RandomBlocks | Where) for node in mask.walk())
+    assert not refuse_mask(whole, by_name=True)
+    assert ("follow no period" in refuse_mask(whole)) == chance
     for lengths, dim in [((1000, 1000), 128), ((1, 300), 128), ((130, 1000), 256)]:
         check(whole, Shape(*lengths), 4, dim=dim)
     check_counts(whole, Shape(700, 700), 4, 2, 8)
@@ -258,9 +259,8 @@ def test_dead_grains_are_left_out(mask: Mask, causal: bool) -> None:
 
 def test_heads_share_items_where_they_share_a_mask() -> None:
     for mask, packed in zip(KINDS, (1, 4, 2, 1, 1, 4), strict=True):
-        assert pick_hopper(simplify(mask), 4, 128, by_name=True).heads_packed == packed
-        assert not refuse_mask(simplify(mask), by_name=True)
-        assert "by kind of head" in refuse_mask(simplify(mask)) or len(kinds_of(mask)) == 1
+        assert pick_hopper(simplify(mask), 4, 128).heads_packed == packed
+        assert not refuse_mask(simplify(mask))
 
 
 @pytest.mark.parametrize("mask,first", [
@@ -278,13 +278,13 @@ def test_heavy_rows_are_cut(mask: Mask, first: bool) -> None:
 
 
 def test_rings_fit_shared_memory() -> None:
-    """Every pair of head dimensions has a room; those measured on a GPU keep theirs."""
+    """Every pair of head dimensions has a room; the best known is kept."""
     assert pick_room(128, 128) == (2, 128, 2, 3) and pick_room(64, 64) == (2, 128, 3, 3)
     assert pick_room(256, 256) == (1, 64, 2, 2) and pick_room(192, 128) == (1, 128, 2, 2)
     for dim in range(8, 257, 8):
         for value_dim in range(8, dim + 1, 8):
             for padded in (True, False):
-                if refuse_dims(dim, value_dim, by_name=True):
+                if refuse_dims(dim, value_dim):
                     continue
                 letters, keys, k_slots, v_slots = pick_room(dim, value_dim, padded)
                 (parts, wide), (many, narrow) = (parts_of(dim, padded),

@@ -106,6 +106,17 @@ def test_gradients_are_refused_where_they_were_forbidden() -> None:
         attn(q, k, v)
 
 
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_tensor_that_is_aligned_otherwise_is_another_kind_of_call(moved: int) -> None:
+    """The hardware copies tiles from multiples of 16 bytes only."""
+    attn = compile(Causal(), backend="torch")
+    given = [t.contiguous() for t in tensors()]
+    expected = attn(*given)
+    room = torch.empty(given[moved].numel() + 1)
+    given[moved] = room[1:].view_as(given[moved]).copy_(given[moved])
+    assert torch.equal(attn(*given), expected) and len(attn._ready) == 2
+
+
 @ON_CPU
 def test_a_second_call_of_the_same_kind_is_checked_too() -> None:
     attn = compile(Causal(), backend="triton", backward=False)
