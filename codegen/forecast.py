@@ -30,6 +30,8 @@ STEP = 128  # tokens a crossover is told to
 HOPPER = "hopper"
 PAIR_BY_PAIR = ("the mask is tested pair by pair; the Hopper kernel was measured only where "
                 "intervals decide")
+SIEVED = ("tiles inside the mask's intervals are tested one by one for being dead, which the rates "
+          "leave out: too low")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,8 @@ def forecast(mask: Mask, rates: Rates, shape: Shape, call: CallHeads,
     works = count_work(mask, tile, shape, call, data, with_pairs=False)
     lists = data is not None and sort_atoms(mask).listed
     found = predict(rates, tile, shape, call, total_visited(works), None, lists, estimator)
+    if any(work.plan.sieve is not None for work in works):
+        found = replace(found, notes=(*found.notes, SIEVED))
     return Forecast(found, works)
 
 

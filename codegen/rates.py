@@ -180,7 +180,8 @@ HOPPER = replace(
     }),
     sources=(
         "one run of 2026-11-24/25 (NVIDIA H100 80GB HBM3, medians, noise about 3 %) that was not "
-        "kept; the later docs/benchmarks/compare.json is predicted within 6 %, median 1.8 %",
+        "kept, and coverage.json; 34 later calls (docs/benchmarks/cost.json, 2026-11-25) are "
+        "predicted with a median error of 5 %, at most 19 %",
         "host time of a call: that of the portable kernel, taken over and not measured",
         *H100.sources[1:3],
     ),

@@ -122,6 +122,12 @@ def call_size(row: dict[str, Any]) -> str:
 PICTURES: dict[str, Callable[[], str]] = {
     "perf_compare.svg": lambda: draw_bars("compare", "ms", "milliseconds, logarithmic", call_size,
                                           lambda row: str(row["kernel"]), True),
+    "perf_backward.svg": lambda: draw_bars(
+        "backward", "ms", "milliseconds, logarithmic",
+        lambda row: f"{row['mask']}, D = {row['dim']}:", lambda row: str(row["kernel"]), True),
+    "perf_coverage.svg": lambda: draw_bars(
+        "coverage", "portable_over_hopper", "time of the portable over that of the Hopper kernel",
+        lambda row: f"{row['mask']}, D = {row['head_dim']}", lambda row: ""),
     "study_pareto.svg": draw_study,
     "plot_heads.svg": lambda: to_svg(HEADS.plot(512)),
     "plot_layers.svg": lambda: to_svg(m.plot_masks(patterns.triangle_mix(8, [0, 1, 5]), 4096)),

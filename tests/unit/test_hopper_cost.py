@@ -225,7 +225,7 @@ def test_what_was_not_measured_is_told() -> None:
     half, whole = (forecast(mask, RATES, shape, CallHeads(1, 32, 8, d, d)).prediction
                    for d in (64, 128))
     assert half.compute_ms < whole.compute_ms
-    assert any("one run of 2026-11-24/25" in source and "compare.json" in source
+    assert any("one run of 2026-11-24/25" in source and "cost.json" in source
                for source in RATES.sources)
 
 
