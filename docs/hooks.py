@@ -61,6 +61,7 @@ def draw_bars(question: str, value: str, unit: str, label: Callable[[dict[str, A
     axes.margins(x=0.12)
     if log:
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter("")  # their labels would overlap
     axes.set_xlabel(unit)
     figure.suptitle(told, fontsize=8, color="0.4")
     for side in ("top", "right"):
