@@ -69,6 +69,26 @@ def draw_bars(question: str, value: str, unit: str, label: Callable[[dict[str, A
     return to_svg(figure)
 
 
+def draw_predictions() -> str:
+    """Predicted against measured milliseconds, a point for each call."""
+    rows, told = read_results("cost")
+    figure = new_figure(6.4, 5.2)
+    axes = figure.subplots()
+    kinds = {"Hopper kernel": ("hopper", False), "portable, static": ("triton", False),
+             "portable, call-time data": ("triton", True)}
+    for color, (name, (backend, listed)) in zip(PALETTE, kinds.items(), strict=False):
+        found = [row for row in rows if "predicted" in row and row["backend"] == backend
+                 and bool(row.get("data")) == listed]
+        axes.scatter([row["ms"] for row in found], [row["predicted"] for row in found], 14,
+                     color=color, label=name)
+    axes.plot([0.05, 60], [0.05, 60], color="0.7", linewidth=1, zorder=0)
+    axes.set(xscale="log", yscale="log", xlabel="measured, milliseconds",
+             ylabel="predicted, milliseconds")
+    axes.legend(frameon=False)
+    figure.suptitle(told, fontsize=8, color="0.4")
+    return to_svg(figure)
+
+
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     """A page of results says first what was asked, in the words of the table of all of them."""
     folder, _, name = page.file.src_uri.rpartition("/")
@@ -129,6 +149,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "perf_coverage.svg": lambda: draw_bars(
         "coverage", "portable_over_hopper", "time of the portable over that of the Hopper kernel",
         lambda row: f"{row['mask']}, D = {row['head_dim']}", lambda row: ""),
+    "perf_cost.svg": draw_predictions,
     "study_pareto.svg": draw_study,
     "plot_heads.svg": lambda: to_svg(HEADS.plot(512)),
     "plot_layers.svg": lambda: to_svg(m.plot_masks(patterns.triangle_mix(8, [0, 1, 5]), 4096)),
