@@ -80,6 +80,7 @@ def is_last_heaviest(mask: Mask) -> bool:
     return bool(last >= first)
 
 
+@lru_cache(maxsize=256)
 def mean_row_width(mask: Mask, samples: int = 64) -> float:
     """Live keys per row, averaged over evenly spaced rows of a long call; lists count as empty."""
     rows = np.linspace(0, LONG.q_len - 1, samples).astype(np.int64)
