@@ -196,7 +196,7 @@ def other_rooms(head_dim: int, value_dim: int) -> list[tuple[int, int, int, int,
 
 
 def is_padded(head_dim: int, value_dim: int) -> bool:
-    """Whether rows are padded to 128 elements that need not be."""
+    """Whether there are rows that could be padded to 128 elements, and need not be."""
     return any(width_of(dim) != width_of(dim, False) for dim in (head_dim, value_dim))
 
 

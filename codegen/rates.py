@@ -151,12 +151,7 @@ H100 = Rates(
     ),
 )
 
-# The Hopper kernel on the same chip, D 128: eleven measured calls (B = 1, bfloat16; they stand in
-# tests/unit/test_hopper_cost.py): five masks with 32 heads over 8 at 128K (dense at 32K), and two
-# triangles with 4 and 8 heads and at 512K. Relative least squares: errors of 0 to 3 %. All but the
-# dense call have one masked tile in nearly every item, so its cost cannot be told from the item's
-# own: it is taken as that of a first tile of 128 keys, which is masked too.
-MASKED = 1.7780 / 1.6309  # of a full step
+MASKED = 1.7780 / 1.6309  # a masked step of the Hopper kernel over a full one, D 128 (below)
 
 
 def hopper_steps(item: float, full: float, what: str) -> StepRates:
@@ -168,6 +163,11 @@ def hopper_steps(item: float, full: float, what: str) -> StepRates:
                      "4 %, of calls that were fitted")
 
 
+# The Hopper kernel on the same chip, D 128: eleven measured calls (B = 1, bfloat16; they stand in
+# tests/unit/test_hopper_cost.py): five masks with 32 heads over 8 at 128K (dense at 32K), and two
+# triangles with 4 and 8 heads and at 512K. Relative least squares: errors of 0 to 3 %. All but the
+# dense call have one masked tile in nearly every item, so its cost cannot be told from the item's
+# own: it is taken as that of a first tile of 128 keys, which is masked too.
 HOPPER = replace(
     H100, target="hopper", steps=MappingProxyType({
         (128, 128, 128): StepRates(

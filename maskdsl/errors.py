@@ -120,8 +120,8 @@ class ScoreDataError(MaskDSLError, ValueError):
 
 
 class GradientError(MaskDSLError, RuntimeError):
-    """An input requires a gradient, and the kernels were not asked for one; or a second derivative
-    was asked for."""
+    """An input requires a gradient, and the mask was compiled with backward=False; or a second
+    derivative was asked for."""
 
 
 class BackendError(MaskDSLError, RuntimeError):

@@ -1,5 +1,5 @@
-"""The Hopper kernel beyond plain masks of 128: head dimensions up to 256, rows that are
-not padded, masks that differ by kind of head or have dead tiles inside. Needs an H100 or H200."""
+"""The Hopper kernel beyond one plain mask: head dimensions up to 256, rows that are not padded,
+masks that differ by kind of head or have dead tiles inside. Needs an H100 or H200."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ for mask, dtype, dim, value_dim, group in [
     rows.append({"what": f"{mask!r} {dtype} {dim}/{value_dim} {group}", "shared": c.shared,
                  "spills": c.spills, "limit": SHARED_LIMIT["sm_90"], "loops": loops,
                  "keys": pick_room(dim, value_dim)[1],
-                 "more": dim > 128 or isinstance(mask, PerHead)})
+                 "most": 128 if dim < 256 else 448})
 print(json.dumps(rows))
 """
 
@@ -254,8 +254,7 @@ def test_hopper_kernels_overlap_products_and_softmax() -> None:
     Q K and that for P V all of them must stand. No product may be serialised (count_spills fails on
     ptxas' warning)."""
     for row in run_program(HOPPER, "sm_90"):
-        limit = 448 if row["more"] else 128
-        assert row["spills"] <= limit, (row["what"], row["spills"])
+        assert row["spills"] <= row["most"], (row["what"], row["spills"])
         assert row["shared"] <= row["limit"], row["what"]
         found = [short(loop, row["keys"]) for loop in row["loops"]]
         good = [loop for loop, text in zip(row["loops"], found, strict=True)
@@ -273,7 +272,9 @@ def test_hopper_backward_overlaps_products_and_exponentials() -> None:
     and R it would wait until they are done. No product may be serialised: count_spills fails on
     ptxas' warning."""
     for row in run_program(HOPPER_BACKWARD, "sm_90"):
-        assert row["spills"] <= 512 and row["shared"] <= row["limit"], (row["what"], row["spills"])
+        limit = 336 if row["by_key"] else 0
+        assert row["spills"] <= limit and row["shared"] <= row["limit"], (row["what"],
+                                                                        row["spills"])
         steps = [loop for loop in row["loops"] if re.fullmatch("QWeWe?QW", one_run(loop))]
         assert steps, (row["what"], [one_run(loop) for loop in row["loops"]])
         # the shortest two are those of the two warp groups; longer ones are the loops around them
