@@ -34,16 +34,16 @@ LETTER_SIZE = 64
 LOAD_SIDES = (
     "for t in range(0, read_sides(mail.index(letter))):",
     "    for side in gl.static_range(2):",
-    "        k_slot, k_phase, v_slot, v_phase = load_side(",
+    "        k_slot, v_slot = load_side(",
     "            t, mail.index(letter), k_desc, v_desc, k_grain_desc, v_grain_desc, k_s, v_s,",
-    "            k_grains, v_grains, k_full, k_empty, v_full, v_empty, k_slot, k_phase, v_slot,",
-    "            v_phase, kv_head<MORE>, BLOCK_N, GRAIN, K_SLOTS, V_SLOTS, side == 1)",
+    "            k_grains, v_grains, k_full, v_full, k_slot, v_slot, kv_head<MORE>, BLOCK_N,",
+    "            GRAIN, K_SLOTS, V_SLOTS, side == 1)",
 )
 AFTER_SIDES = (
     "if WARP_GROUP == 0:",
     "    if sides > 0:  # values of the other warp group's last tile",
     "        mbarrier.wait(v_full.index(v_slot), v_phase)",
-    "        mbarrier.arrive(v_empty.index(v_slot), count=1)",
+    "        release(V_FREE, v_slot)",
     "        v_slot, v_phase = advance(v_slot, v_phase, V_SLOTS)",
 )
 LISTED_FULL = (

@@ -76,8 +76,13 @@ def assembler(holder: Holder) -> Callable[..., Tensor]:
             pack: int) -> Tensor:
         if text.startswith("bar."):
             kind, name, threads = text[4:].partition(";")[0].replace(",", " ").split()
+            if name == "$1":
+                name = str(int(lift(args[0]).data.reshape(-1)[0]))
+            assert int(name) in range(4, 16), f"barrier {name} is Triton's own"
             wait_named(holder.machine, kind, name, threads)
             return args[0]
+        if "mul.f32" in text:
+            return times_factors(*args)
         if text.startswith("mov.b32"):
             first = lift(args[0])
             shape = np.broadcast_shapes(*(lift(x).data.shape for x in args))
@@ -94,6 +99,27 @@ def assembler(holder: Holder) -> Callable[..., Tensor]:
             return Tensor(word.astype(np.uint32).view(np.int32), dtype)
         raise AssertionError(f"an instruction nobody taught the emulator: {text}")
     return run
+
+
+def times_factors(numbers: Tensor, factors: Tensor) -> Tensor:
+    """The numbers of 64 rows times the factor of their row; those of a warp's 16 rows stay as they
+    are where all factors are 1."""
+    whole = np.broadcast_to(factors.data, numbers.data.shape).reshape(4, 16, -1)
+    changed = (whole != 1).any(axis=(1, 2), keepdims=True)
+    product = numbers.data.reshape(whole.shape) * np.where(changed, whole, 1)
+    return Tensor(product.reshape(numbers.data.shape), numbers.dtype, numbers.layout)
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`split`: the last axis, of two, taken apart."""
+    assert x.data.shape[-1] == 2
+    return Tensor(x.data[..., 0], x.dtype), Tensor(x.data[..., 1], x.dtype)
+
+
+def broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    shape = np.broadcast_shapes(a.data.shape, b.data.shape)
+    return (Tensor(np.broadcast_to(a.data, shape), a.dtype, a.layout),
+            Tensor(np.broadcast_to(b.data, shape), b.dtype, b.layout))
 
 
 def wait_named(machine: Machine, kind: str, name: str, threads: str) -> None:
@@ -257,14 +283,17 @@ def names_for() -> dict[str, Any]:
         atomic_add=atomic_add(holder), inline_asm_elementwise=assembler(holder),
         allocate_shared_memory=lambda dtype, shape, layout: program().allocate(
             dtype, shape, layout),
-        thread_barrier=lambda: None, cdiv=lambda a, b: (a + b - 1) // b,
+        thread_barrier=lambda: None, split=halves, broadcast=broadcast,
+        permute=lambda x, order: Tensor(np.transpose(x.data, order), x.dtype),
+        cdiv=lambda a, b: (a + b - 1) // b,
         warp_specialize=specialize(holder),
         **{name: getattr(real, name) for name in (
             "int1", "int32", "int64", "uint32", "float32", "float16", "bfloat16", "BlockedLayout",
             "SliceLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "DotOperandLayout",
             "DistributedLinearLayout", "SwizzledSharedLayout")})
     mma, wait = products(holder)
-    return {"gl": gl, "gluon": SimpleNamespace(jit=jit), "mbarrier": barriers(holder),
+    return {"gl": gl, "gluon": SimpleNamespace(jit=jit, constexpr_function=jit),
+            "mbarrier": barriers(holder),
             "tma": copies(holder), "warpgroup_mma": mma, "warpgroup_mma_wait": wait,
             "fence_async_shared": fence(holder), "range": count, "machine": holder}
 

@@ -197,6 +197,7 @@ class Shared:
                  turned: bool = False, pieces: int = 0) -> None:
         self.machine, self.base, self.dtype, self.layout = machine, base, dtype, layout
         self.shape, self.turned, self.pieces = [int(n) for n in shape], turned, pieces
+        self.whole, self.first_row = self.shape, 0  # of a tile of which this is some rows
 
     @property
     def nbytes(self) -> int:
@@ -209,7 +210,11 @@ class Shared:
                       self.layout)
 
     def slice(self, start: int, length: int) -> Shared:
-        assert len(self.shape) == 1 and start + length <= self.shape[0]
+        assert start + length <= self.shape[0]
+        if len(self.shape) == 2:
+            made = Shared(self.machine, self.base, self.dtype, [length, self.shape[1]], self.layout)
+            made.whole, made.first_row = self.shape, start
+            return made
         return Shared(self.machine, self.base + start * bytes_of(self.dtype), self.dtype, [length],
                       self.layout)
 
@@ -227,7 +232,9 @@ class Shared:
         swizzle = getattr(self.layout, "swizzle_byte_width", 0)
         size = bytes_of(self.dtype)
         assert not swizzle or self.base % 1024 == 0, "a swizzled tile begins at 1024 bytes"
-        return (self.base + places(tuple(self.shape), size, swizzle)) // size
+        found = (self.base + places(tuple(self.whole), size, swizzle)) // size
+        return found[self.first_row:self.first_row + self.shape[0]] if self.first_row or \
+            self.whole is not self.shape else found
 
     def read(self) -> Any:
         """Its elements as numbers."""

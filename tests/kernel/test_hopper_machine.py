@@ -209,14 +209,14 @@ def test_backward_of_random_masks(on_machine: Any, mask: Mask, shape: Shape, see
         check_backward(mask, shape, dim=dim)
 
 
-PRODUCT = "acc = products(weights16, v_s, v_slot, acc, BLOCK_N, True, V_PARTS)"
-HAND_BACK = "mbarrier.arrive(v_empty.index(v_slot), count=1)"
+PRODUCT = "acc = half_products(right, v_s, v_slot, acc, 1, V_PARTS, BLOCK_N)"
+HAND_BACK = "release(V_FREE, v_slot)"
 
 
 @pytest.mark.parametrize("change", [  # of lines of the loop over tiles, and of the output's store
     {"mbarrier.wait(v_full.index(v_slot), v_phase)": "pass"},  # values not there yet
-    {"mbarrier.arrive(k_empty.index(k_slot), count=1)": "pass"},  # never handed back
-    {"s = warpgroup_mma_wait(V_PARTS, deps=[s])": "pass"},  # scores not there yet
+    {"release(K_FREE, k_slot)": "pass"},  # never handed back
+    {"s = warpgroup_mma_wait(2 * V_PARTS, deps=[s])": "pass"},  # scores not there yet
     {"    fence_async_shared()": "    pass"},  # the copy engine may not see what threads stored
     # a slot handed back before the product that reads it is done
     {HAND_BACK: "pass", PRODUCT: f"{PRODUCT}; {HAND_BACK}"}], ids=str)
