@@ -109,7 +109,7 @@ def kind_masks(plans: tuple[Plan, ...]) -> str:
 
 def whole_masks(plans: tuple[Plan, ...]) -> str:
     """mask_tile_0, mask_tile_1, ... and the choice among them."""
-    own = r"\b(mask_tile|tile_words|no_words|live_words|live_pairs|below)\b"
+    own = r"\b(mask_tile|tile_words|live_words|live_pairs|below)\b"
     text = "".join(re.sub(own, rf"\1_{i}", mask_text(plan)) for i, plan in enumerate(plans))
     given = f"row, first, count, state, q_tile, {LENGTHS}"
     choose = [line for i in range(len(plans)) for line in (
