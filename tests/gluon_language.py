@@ -81,6 +81,9 @@ def assembler(holder: Holder) -> Callable[..., Tensor]:
             assert int(name) in range(4, 16), f"barrier {name} is Triton's own"
             wait_named(holder.machine, kind, name, threads)
             return args[0]
+        if "setp.lt.f32" in text:  # arrives at a barrier where a sum of weights is negative
+            assert not (args[0].data < 0).any(), "a negative sum of weights"
+            return args[0]
         if "mul.f32" in text:
             return times_factors(*args)
         if text.startswith("mov.b32"):

@@ -237,13 +237,13 @@ def test_shared_memory_is_bounded(chip: str) -> None:
 def short(opcodes: list[str], keys: int = 128) -> str:
     """A loop's skeleton: products, waits for them, and exponentials, runs as one letter.
 
-    Q: products, W: a wait for products, E: most exponentials of a tile of `keys`, e: a few
+    Q: products, W: a wait for products, E: most exponentials of half a tile of `keys`, e: a few
     """
     letters = {"HGMMA": "Q", "WARPGROUP.DEPBAR": "W", "MUFU.EX2": "x"}
     text = "".join(letter for op in opcodes for start, letter in letters.items()
                    if op.startswith(start))
     text = re.sub(r"Q+", "Q", text)
-    return re.sub(r"x+", lambda run: "E" if len(run[0]) > keys * 5 // 16 else "e", text)
+    return re.sub(r"x+", lambda run: "E" if len(run[0]) > keys * 5 // 32 else "e", text)
 
 
 @pytest.mark.slow
@@ -251,14 +251,15 @@ def test_hopper_kernels_overlap_products_and_softmax() -> None:
     """The loading and planning warps have 24 registers, and spill a few words there; beyond D = 128
     the computing ones do so once an item, but not in the loop over tiles. ptxas likes to move the
     wait for P V above the exponentials, which would cost a third of the speed: between the wait for
-    Q K and that for P V all of them must stand. No product may be serialised (count_spills fails on
+    Q K and that for P V half of them must stand. The others stand behind it, beside the rescaling
+    and the conversion, as in FlashAttention 3. No product may be serialised (count_spills fails on
     ptxas' warning)."""
     for row in run_program(HOPPER, "sm_90"):
         assert row["spills"] <= row["most"], (row["what"], row["spills"])
         assert row["shared"] <= row["limit"], row["what"]
         found = [short(loop, row["keys"]) for loop in row["loops"]]
         good = [loop for loop, text in zip(row["loops"], found, strict=True)
-                if re.fullmatch(r"[eE]*QWe?Ee?W", text)]
+                if re.fullmatch(r"[eE]*QWEW[eE]*", text)]
         assert good, (row["what"], found)
         assert not any(op.startswith(("LDL", "STL")) for op in min(good, key=len)), row["what"]
 
@@ -301,8 +302,8 @@ def test_hopper_kernels_of_lists_overlap_too(which: str) -> None:
     for row in run_program(HOPPER_LISTS, which):
         assert row["shared"] <= row["limit"], row["what"]
         inner = [loop for loop in row["loops"] if len(loop) < 2000]  # others are loops over items
-        assert len(inner) >= 4, row["what"]  # two a computing warp group
+        assert len(inner) >= 2, row["what"]  # one a computing warp group
         for loop in inner:
-            assert re.fullmatch(r"[eE]*QWe?Ee?W", short(loop)), (row["what"], short(loop))
+            assert re.fullmatch(r"[eE]*QWEW[eE]*", short(loop)), (row["what"], short(loop))
             moved = sum(op.startswith(("LDL", "STL")) for op in loop)
             assert moved <= 32, (row["what"], moved)
