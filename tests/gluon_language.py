@@ -85,6 +85,9 @@ def assembler(holder: Holder) -> Callable[..., Tensor]:
             assert not (args[0].data < 0).any(), "a negative sum of weights"
             return args[0]
         if "mul.f32" in text:
+            # a thread's numbers, then the same registers as operands, then the factors
+            assert all(f"mul.f32 ${i}, ${i}, ${2 * pack + i};" in text for i in range(pack))
+            assert constraints.split(",")[pack:2 * pack] == [str(i) for i in range(pack)]
             return times_factors(*args)
         if text.startswith("mov.b32"):
             first = lift(args[0])
