@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -298,10 +298,15 @@ def names_for() -> dict[str, Any]:
             "SliceLayout", "NVMMADistributedLayout", "NVMMASharedLayout", "DotOperandLayout",
             "DistributedLinearLayout", "SwizzledSharedLayout")})
     mma, wait = products(holder)
-    return {"gl": gl, "gluon": SimpleNamespace(jit=jit, constexpr_function=jit),
+    return {"gl": gl, "gluon": SimpleNamespace(jit=jit, constexpr_function=on_host),
             "mbarrier": barriers(holder),
             "tma": copies(holder), "warpgroup_mma": mma, "warpgroup_mma_wait": wait,
             "fence_async_shared": fence(holder), "range": count, "machine": holder}
+
+
+def on_host(function: Any) -> Any:
+    """A function of the host, where numbers are Python's."""
+    return FunctionType(function.__code__, {**function.__globals__, "range": range})
 
 
 def store(pointer: Pointer, value: Any, mask: Any = True) -> None:
