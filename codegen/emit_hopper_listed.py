@@ -172,7 +172,7 @@ def listed_template(plan: Plan) -> str:
                  "open_item(gl.minimum(item, items - 1), count, q_tiles, batch_groups, groups,\n"
                  "                      section, split_first, split_count, splits")
     # lists keep more numbers in registers, which makes ptxas order loops otherwise, too
-    text, places = re.subn(r"if K_PARTS > 1:\n +(?=total = settle)", "", text)
+    text, places = re.subn(r"if K_PARTS == 3:\n +(?=total = settle)", "", text)
     assert places == 2, "the template has changed near settle"
     text = patch(text, GRAINS, GRAINS.replace("gl.static_range", "range"))
     text = patch(text, APART, "        scattered = are_apart(place, start, loose, state, GRAIN)\n")
