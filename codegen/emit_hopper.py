@@ -194,8 +194,7 @@ def mask_text(plan: Plan) -> str:
     intervals, else pair by pair."""
     lines = interval_words(plan)
     if lines is None:
-        text = read_template("hopper_no_words").replace("<MORE>", "")
-        return text + read_template("hopper_mask").replace(
+        return read_template("hopper_mask").replace(
             "    # <LIVE>\n", indent(in_gluon((*plan.rows, f"return {plan.live}"))))
     return read_template("hopper_words").replace("    # <WORDS>\n", indent(lines))
 

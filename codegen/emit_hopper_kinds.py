@@ -109,15 +109,12 @@ def kind_masks(plans: tuple[Plan, ...]) -> str:
 
 def whole_masks(plans: tuple[Plan, ...]) -> str:
     """mask_tile_0, mask_tile_1, ... and the choice among them."""
-    own = r"\b(mask_tile|tile_words|live_words|live_pairs|below)\b"
-    text = "".join(re.sub(own, rf"\1_{i}", mask_text(plan)) for i, plan in enumerate(plans))
+    text = "".join(re.sub(r"\b(mask_tile|live_words|live_pairs|below)\b", rf"\1_{i}",
+                          mask_text(plan)) for i, plan in enumerate(plans))
     given = f"row, first, count, state, q_tile, {LENGTHS}"
     choose = [line for i in range(len(plans)) for line in (
-        f"if state[0] == {i}:",
-        f"    words = tile_words_{i}({given}, SPAN, GRAIN, s.shape[1] // GRAIN)",
-        f"    s = mask_tile_{i}(s, words, {given}, SPAN, GRAIN)")]
-    text += read_template("hopper_no_words").replace("<MORE>", "")
-    return (f"{text}@gluon.jit\ndef mask_tile(s, unused, {given},\n"
+        f"if state[0] == {i}:", f"    s = mask_tile_{i}(s, {given}, SPAN, GRAIN)")]
+    return (f"{text}@gluon.jit\ndef mask_tile(s, {given},\n"
             "              SPAN: gl.constexpr, GRAIN: gl.constexpr):\n"
             f'    """Scores of a tile of loose grains, masked as the kind of head is."""\n'
             f"{indent((*choose, 'return s'))}\n\n")

@@ -37,7 +37,7 @@ def mask_functions(plan: Plan) -> str:
         text = text.replace("        # <COLUMN_KEYS>\n", indent(column_keys(plan), 2))
         text = text.replace("    # <KIND>\n", indent((state_line(plan), *kind_lines(plan))))
         text = text.replace("    # <LIVE>\n", indent(pair_lines(plan)))
-    return text + read_template("hopper_no_words") + read_template("hopper_list_masks")
+    return text + read_template("hopper_list_masks")
 
 
 def has_words(plan: Plan) -> bool:

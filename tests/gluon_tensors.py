@@ -233,8 +233,7 @@ class Shared:
         size = bytes_of(self.dtype)
         assert not swizzle or self.base % 1024 == 0, "a swizzled tile begins at 1024 bytes"
         found = (self.base + places(tuple(self.whole), size, swizzle)) // size
-        return found[self.first_row:self.first_row + self.shape[0]] if self.first_row or \
-            self.whole is not self.shape else found
+        return found[self.first_row:self.first_row + self.shape[0]]
 
     def read(self) -> Any:
         """Its elements as numbers."""
