@@ -6,6 +6,7 @@ bounds of the two loops, the mask of a tile, and (where one pays) the dead-tile 
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from importlib.resources import files
 from typing import Any
@@ -86,8 +87,10 @@ def emit_lister(plan: Plan) -> str:
 
 
 def read_template(name: str) -> str:
-    """A part of the kernel that no mask changes."""
-    return files("maskdsl.codegen").joinpath(f"{name}.py.txt").read_text()
+    """A part of a kernel that no mask changes, with the parts it names put in its place."""
+    text = files("maskdsl.codegen").joinpath(f"{name}.py.txt").read_text()
+    return re.sub(r"^# <PART (\w+)>$", lambda part: read_template(part[1]).rstrip(), text,
+                  flags=re.MULTILINE)
 
 
 def merge_lists(plans: tuple[Plan, ...]) -> Lists:
