@@ -8,6 +8,8 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 TORCH ?= $(if $(HAS_GPU),torch==2.11.*,torch==2.13.0)
 TORCH_INDEX ?=
 EXTRAS ?= test,plot
+# Processes of the tests: one for each core, or as many as share a GPU's memory well.
+WORKERS ?= $(if $(HAS_GPU),4,logical)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint types golden docs bench check clean
@@ -28,7 +30,7 @@ demo: setup ## compile a mask, run it here, check it against dense, explain it, 
 	$(BIN)/python examples/quickstart.py
 
 test: setup ## the tests (no GPU needed; those marked gpu run where there is one)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: ## ruff, import layers, spelling
 	$(MAKE) --no-print-directory setup EXTRAS=dev

@@ -64,7 +64,7 @@ MEANINGS: list[tuple[Mask, Meaning]] = [
 ]
 
 
-@pytest.mark.parametrize(("mask", "meaning"), MEANINGS, ids=lambda x: repr(x)[:30])
+@pytest.mark.parametrize(("mask", "meaning"), MEANINGS, ids=[repr(m) for m, _ in MEANINGS])
 @pytest.mark.parametrize("shape", [Shape(20, 20), Shape(5, 17), Shape(17, 5), Shape(6, 15, 4, 40)])
 def test_fixed_meaning(mask: Mask, meaning: Meaning, shape: Shape) -> None:
     live = dense(mask, shape)[0, 0].tolist()
