@@ -141,8 +141,9 @@ def call_size(row: dict[str, Any]) -> str:
 
 
 PICTURES: dict[str, Callable[[], str]] = {
-    "perf_compare.svg": lambda: draw_bars("compare", "ms", "milliseconds, logarithmic", call_size,
-                                          lambda row: str(row["kernel"]), True),
+    "perf_compare.svg": lambda: draw_bars(
+        "compare_h200", "ms", "milliseconds, logarithmic", call_size,
+        lambda row: str(row["kernel"]), True),
     "perf_backward.svg": lambda: draw_bars(
         "backward", "ms", "milliseconds, logarithmic",
         lambda row: f"{row['mask']}, D = {row['dim']}:", lambda row: str(row["kernel"]), True),
