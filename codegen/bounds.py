@@ -72,6 +72,8 @@ class Bounds:
     ranges  the tile range of each piece
     full    the disjoint union of the cores; masked: that of the hulls without it
     hulls   the disjoint union of the hulls: all tiles the two loops visit
+    borders where told apart, how many of the masked segments hold tiles outside the cores; the
+            others hold what whole multiples leave of them
     """
 
     lines: Lines
@@ -79,15 +81,17 @@ class Bounds:
     full: tuple[Segment, ...]
     masked: tuple[Segment, ...]
     hulls: tuple[Segment, ...]
+    borders: int | None = None
 
 
 def bound_pieces(pieces: tuple[Piece, ...], block_n: int, sure: tuple[Piece, ...] | None = None,
-                 multiple: int = 1) -> Bounds:
+                 multiple: int = 1, apart: bool = False) -> Bounds:
     """Pieces -> bounds text, the tile range of each, full and masked segments.
 
     sure      the pieces whose cores are live whatever call-time data says, where that is not
               `pieces`
-    multiple  full segments are whole multiples of this many tiles; what is over is masked
+    multiple  full segments are whole multiples of this many tiles; what is over is masked,
+    apart     in segments of its own
     """
     lines = Lines()
     if sure is None:
@@ -96,8 +100,20 @@ def bound_pieces(pieces: tuple[Piece, ...], block_n: int, sure: tuple[Piece, ...
         ranges = [bound_piece(lines, i, piece, 0) for i, piece in enumerate(pieces)]
         ranges += [bound_piece(lines, len(pieces) + i, piece, block_n)
                    for i, piece in enumerate(sure)]
-    full, masked, hulls = split_segments(lines, merge_prefixes(lines, ranges), multiple)
+    merged = merge_prefixes(lines, ranges)
+    if apart and multiple > 1:
+        return part_segments(lines, ranges, merged, multiple)
+    full, masked, hulls = split_segments(lines, merged, multiple)
     return Bounds(lines, ranges, full, masked, hulls)
+
+
+def part_segments(lines: Lines, ranges: list[TileRange], merged: list[TileRange],
+                  multiple: int) -> Bounds:
+    """Bounds whose masked segments hold either borders, or what is over of full stretches."""
+    whole, borders, hulls = split_segments(lines, merged)
+    full = tuple(round_segment(lines, i, s, multiple) for i, s in enumerate(whole))
+    over = tuple(Segment(a.start, b.start) for a, b in zip(whole, full, strict=True))
+    return Bounds(lines, ranges, full, borders + over, hulls, len(borders))
 
 
 def bound_reach(lines: Lines, first: int, pieces: tuple[Piece, ...]) -> tuple[str, str]:

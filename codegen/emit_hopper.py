@@ -30,6 +30,16 @@ NO_TABLE = ("    # <KINDS>\n", "        # <OWN>\n", "    # <OWN>\n")
 NO_LISTS = ("        # <JOIN_STATE>\n", "            # <LOAD_SIDES>\n", "        # <SIDES>\n",
             "        # <AFTER_SIDES>\n", "    # <LISTED_FULL>\n", "<MORE>")
 
+FIRST_TILE = ("return mask_tile(s, row, 0, narrow, state, q_tile, q_len, kv_len, q_offset, "
+              "total_len<MORE>, batch,", "                 head, SPAN, GRAIN)")
+FIRST_GRAINS = (  # two grains are mostly borders both
+    "if s.shape[1] == 4 * GRAIN:",
+    "    return mask_grains(s, row, 0, narrow, state, q_tile, q_len, kv_len, q_offset, total_len,",
+    "                       batch, head, SPAN, GRAIN)",
+    "else:",
+    "    return mask_tile(s, row, 0, narrow, state, q_tile, q_len, kv_len, q_offset, total_len,",
+    "                     batch, head, SPAN, GRAIN)")
+
 
 def emit_hopper(*plans: Plan, groups: tuple[int, ...] = ()) -> str:
     """The kernel file of a plan whose tiles are grains, or of one for each kind of head, costliest
@@ -74,8 +84,11 @@ def emit_hopper(*plans: Plan, groups: tuple[int, ...] = ()) -> str:
 
 def common_pieces(*plans: Plan) -> dict[str, str]:
     """What static masks and those with call-time data fill in alike."""
+    apart = tells_apart(plans[0])
     order, which = ("light - 1 - place", "last") if plans[0].last_first else ("place", "first")
     return {
+        "    # <MASK_FIRST>\n": indent(FIRST_GRAINS if apart else FIRST_TILE),
+        "<MASK_STEP>": "mask_grains" if apart else "mask_tile",
         "<HEADER>\n": "".join(map(header_text, plans)),
         "    # <TILE_ORDER>\n": indent((
             f"# the {which} query tiles see most keys: they start first", f"q_tile = {order}")),
@@ -123,9 +136,17 @@ def fits_letter(plan: Plan) -> bool:
 
 def places_of(plan: Plan) -> tuple[Place, Place]:
     """Where the loose grains and the FULL tiles of an item lie."""
-    # the last segment first: the causal border and a sink, both narrow, share the first tile then
-    return (place_text("loose", plan.masked[-1:] + plan.masked[:-1]),
+    # the last border first: the causal border and a sink, both narrow, share the first tile then
+    stop = len(plan.masked) if plan.borders is None else plan.borders
+    borders, over = plan.masked[:stop], plan.masked[stop:]
+    return (place_text("loose", borders[-1:] + borders[:-1] + over),
             place_text("full", plan.full))
+
+
+def tells_apart(plan: Plan) -> bool:
+    """Whether masked steps of this plan leave out the mask of grains that need none."""
+    return (plan.borders is not None and plan.borders < len(plan.masked)
+            and interval_words(plan) is not None and fits_letter(plan))
 
 
 def state_names(plan: Plan) -> list[str]:
@@ -196,7 +217,11 @@ def mask_text(plan: Plan) -> str:
     if lines is None:
         return read_template("hopper_mask").replace(
             "    # <LIVE>\n", indent(in_gluon((*plan.rows, f"return {plan.live}"))))
-    return read_template("hopper_words").replace("    # <WORDS>\n", indent(lines))
+    text = read_template("hopper_words").replace("    # <WORDS>\n", indent(lines))
+    if tells_apart(plan):
+        borders = f"loose_count{plan.borders}" if plan.borders else "0"
+        text += read_template("hopper_grains").replace("<BORDERS>", borders)
+    return text
 
 
 def interval_words(plan: Plan) -> tuple[str, ...] | None:

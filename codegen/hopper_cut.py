@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from maskdsl.codegen.emit_hopper import fits_letter
+from maskdsl.codegen.emit_hopper import fits_letter, tells_apart
 from maskdsl.codegen.lists import group_heads
 from maskdsl.codegen.long_items import cut_long
 from maskdsl.codegen.plan import Plan
@@ -114,8 +114,14 @@ def kinds_of(mask: Mask) -> tuple[tuple[tuple[int, ...], Mask], ...]:
 
 def make_plans(mask: Mask, span: int, tile: int) -> tuple[Plan, ...]:
     """A plan for every kind of head; span in positions, tile in grains."""
+    kinds = [one for _, one in kinds_of(mask)]
+    # (tiles of two grains, at D = 256, are mostly borders; and one number more would spill)
+    if len(kinds) == 1 and tile == TILE and not has_dead_tiles(mask):
+        plan = make_plan(mask, span, GRAIN, tile, apart=True)
+        if tells_apart(plan):
+            return (plan,)
     return tuple((make_sifted if has_dead_tiles(one) else make_plan)(one, span, GRAIN, tile)
-                 for _, one in kinds_of(mask))
+                 for one in kinds)
 
 
 def packs(mask: Mask, count: int) -> bool:

@@ -57,6 +57,8 @@ class Plan:
     last_first    whether the last query tiles are the heaviest and start first
     lists         what call-time data adds to the two loops
     scores        what is done to the scores of live pairs
+    borders       where told apart, how many of the masked segments hold borders; every pair in the
+                  others is live
     """
 
     mask: Mask
@@ -75,6 +77,7 @@ class Plan:
     needs_head: bool
     lists: Lists = NO_LISTS
     scores: tuple[ScoreMod, ...] = ()
+    borders: int | None = None
 
     @property
     def live(self) -> str:

@@ -28,10 +28,12 @@ MIN_DEAD_SHARE = 0.1  # of the masked tiles a sieve must skip to be kept; chosen
 
 
 @lru_cache(maxsize=256)
-def make_plan(mask: Mask, block_m: int, block_n: int, multiple: int = 1) -> Plan:
+def make_plan(mask: Mask, block_m: int, block_n: int, multiple: int = 1,
+              apart: bool = False) -> Plan:
     """The plan of a (simplified) mask for one tile size in tokens; pure, so cached.
 
     multiple  FULL segments are whole multiples of this many key tiles; such a plan has no sieve
+    apart     what is over of them has masked segments of its own (not beside call-time data)
     """
     lists = sort_atoms(mask)
     base = base_of(mask) if lists.listed else mask
@@ -39,13 +41,14 @@ def make_plan(mask: Mask, block_m: int, block_n: int, multiple: int = 1) -> Plan
     if lists.listed:
         bounds, lists = bound_lists(mask, block_n, multiple)
     else:
-        bounds = bound_pieces(pieces, block_n, multiple=multiple)
+        bounds = bound_pieces(pieces, block_n, multiple=multiple, apart=apart)
     live = spans(mask)
     rows, tests, listed_tests = write_mask(live)
     only_adds = all(leaf.held for piece in live for leaf in leaves_of(piece.rest))
     plan = Plan(mask, block_m, block_n, pieces, tuple(bounds.lines.text), bounds.full,
                 bounds.masked, rows, tests, listed_tests, only_adds, None, is_last_heaviest(mask),
-                any(map(asks_head, (*pieces, *live))), lists)
+                any(map(asks_head, (*pieces, *live))), lists,
+                borders=bounds.borders)
     if not lists.listed and multiple == 1:  # a listed tile may lie where the static mask is dead
         plan = choose_sieve(plan, write_sieve(pieces, bounds.ranges))
     debug(3, f"plan of {mask!r}: {len(pieces)} pieces, {len(plan.full)} full and "

@@ -290,6 +290,7 @@ def names_for() -> dict[str, Any]:
         allocate_shared_memory=lambda dtype, shape, layout: program().allocate(
             dtype, shape, layout),
         thread_barrier=lambda: None, split=halves, broadcast=broadcast,
+        join=lambda a, b: Tensor(np.stack((a.data, b.data), -1), a.dtype),
         permute=lambda x, order: Tensor(np.transpose(x.data, order), x.dtype),
         cdiv=lambda a, b: (a + b - 1) // b,
         warp_specialize=specialize(holder),

@@ -80,7 +80,7 @@ def run_text(source: str) -> dict[str, Any]:
                          BlockedLayout=lambda *_: None, num_warps=lambda: 1, program_id=lambda _: 0,
                          associative_scan=lambda values, axis, _: values.cumsum(axis),
                          sum=lambda values, axis: values.sum(axis))
-    names: dict[str, Any] = {"gl": gl}
+    names: dict[str, Any] = {"gl": gl, "needs_mask": lambda *_: True}
     exec(text, names)
     # dividers take the divisor itself here; what the host makes of it has a test of its own
     return names | {"floor_div": lambda a, b: a // b, "modulo": lambda a, b: a % b,
@@ -150,16 +150,28 @@ class Walk:
         rows = np.arange(q_tile * self.config.span, (q_tile + 1) * self.config.span)
         rows = rows[rows < self.shape.q_len]
         for j in range(int(narrow)):
-            self.keep(times, group, rows, int(head), j, narrow, state)
+            if self.config.narrow == 4 * grain:
+                self.loose(times, group, rows, int(head), j, narrow, state)
+            else:
+                self.keep(times, group, rows, int(head), j, narrow, state)
         for n in range(int(first), int(last)):
             if n < masked_steps:
-                for j in range(tile):
-                    self.keep(times, group, rows, int(head), rest + n * tile + j, loose, state)
+                for j in range(rest + n * tile, rest + n * tile + tile):
+                    self.loose(times, group, rows, int(head), j, loose, state)
             else:
                 at = self.names["full_at"]((n - masked_steps) * tile, state) * grain
                 keys = np.arange(at, at + tile * grain)
                 assert keys[0] >= 0 and keys[-1] < self.shape.kv_len
                 times[group][np.ix_(rows, keys)] += 1
+
+    def loose(self, times: npt.NDArray[np.int64], group: int, rows: Any, head: int, j: int,
+              count: Any, state: Any) -> None:
+        """One loose grain, masked only if it needs it."""
+        if self.names["needs_mask"](j, count, state):
+            self.keep(times, group, rows, head, j, count, state)
+        else:
+            at = self.names["grain_at"](j, state) * GRAIN
+            times[group][np.ix_(rows, range(at, at + GRAIN))] += 1
 
     def keep(self, times: npt.NDArray[np.int64], group: int, rows: Any, head: int, j: int,
              count: Any, state: Any) -> None:
