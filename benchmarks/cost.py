@@ -120,7 +120,7 @@ def count(case: Case, backend: str,
     arch, processors = chip()
     if backend == HOPPER:
         works, _ = count_hopper(mask, shape, call, processors, with_pairs=False)
-        return item_of(call), total_visited(works)
+        return item_of(mask, call), total_visited(works)
     tile = tile_on(mask, arch, call)
     return tile, total_visited(count_work(mask, tile, shape, call, slots, with_pairs=False))
 

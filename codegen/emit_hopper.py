@@ -30,6 +30,12 @@ NO_TABLE = ("    # <KINDS>\n", "        # <OWN>\n", "    # <OWN>\n")
 NO_LISTS = ("        # <JOIN_STATE>\n", "            # <LOAD_SIDES>\n", "        # <SIDES>\n",
             "        # <AFTER_SIDES>\n", "    # <LISTED_FULL>\n", "<MORE>")
 
+BY_SUM = """
+Scores of a row are shifted by the maximum of its first tile. In bfloat16 later steps keep that
+shift: any is exact unless sums leave the range of float32. An item whose sums do is flagged when it
+ends, and a second launch (mode GIVEN_UP) computes flagged items with the maximum of every step.
+"""
+
 FIRST_TILE = ("return mask_tile(s, row, 0, narrow, state, q_tile, q_len, kv_len, q_offset, "
               "total_len<MORE>, batch,", "                 head, SPAN, GRAIN)")
 FIRST_GRAINS = (  # two grains are mostly borders both
@@ -41,11 +47,12 @@ FIRST_GRAINS = (  # two grains are mostly borders both
     "                     batch, head, SPAN, GRAIN)")
 
 
-def emit_hopper(*plans: Plan, groups: tuple[int, ...] = ()) -> str:
+def emit_hopper(*plans: Plan, groups: tuple[int, ...] = (), computing: int = 2) -> str:
     """The kernel file of a plan whose tiles are grains, or of one for each kind of head, costliest
     first; equal plans give equal text.
 
-    groups  of several kinds: groups of packed heads of each, in one batch entry
+    groups     of several kinds: groups of packed heads of each, in one batch entry
+    computing  warp groups: two, or three
     """
     from maskdsl.codegen import emit_hopper_kinds as kinds
     from maskdsl.codegen.emit_hopper_sieve import ADD, list_names, sieve_pieces
@@ -56,7 +63,7 @@ def emit_hopper(*plans: Plan, groups: tuple[int, ...] = ()) -> str:
     names = kinds.own_names(plans) if several else state_names(plan)
     own = list_names(plan) if sieve else names
     letter = [*LETTER, *own]
-    pieces = common_pieces(*plans) | {
+    pieces = common_pieces(*plans, computing=computing, quick=True) | {
         "# <MASK_TILE>\n": kinds.kind_functions(plans) if several else
                            (ADD if sieve else "") + mask_text(plan),
         "    # <WRITE>\n": indent(tuple(f"text = gl.where(place == {i}, {name}, text)"
@@ -79,17 +86,33 @@ def emit_hopper(*plans: Plan, groups: tuple[int, ...] = ()) -> str:
     # the marks not filled by now, and what lists alone have
     pieces |= {"    # <STATE>\n": indent((f"{', '.join(own)}, = state",))}
     pieces |= dict.fromkeys([mark for mark in (*NO_TABLE, *NO_LISTS) if mark not in pieces], "")
-    return fill_template(read_template("hopper"), pieces)
+    return fill_template(kernel_template(computing), pieces)
 
 
-def common_pieces(*plans: Plan) -> dict[str, str]:
+def kernel_template(computing: int) -> str:
+    """The template with so many computing warp groups."""
+    text = read_template("hopper")
+    if computing == 3:
+        two, three = (read_template(f"hopper_{name}").rstrip() for name in ("two", "three"))
+        assert two in text
+        text = text.replace(two, three)
+    return text
+
+
+def common_pieces(*plans: Plan, computing: int = 2, quick: bool = False) -> dict[str, str]:
     """What static masks and those with call-time data fill in alike."""
     apart = tells_apart(plans[0])
     order, which = ("light - 1 - place", "last") if plans[0].last_first else ("place", "first")
     return {
         "    # <MASK_FIRST>\n": indent(FIRST_GRAINS if apart else FIRST_TILE),
         "<MASK_STEP>": "mask_grains" if apart else "mask_tile",
-        "<HEADER>\n": "".join(map(header_text, plans)),
+        "<HEADER>\n": "".join(header_text(plan, 64 * computing) for plan in plans),
+        "<SUMS>": BY_SUM if quick else "",
+        "<QUICK>": str(quick),
+        "<COMPUTING>": str(computing),
+        "<ROWS>": str(64 * computing),
+        # (three groups leave room for one loading warp, two for four)
+        "<SLOT_THREADS>": str(384 if computing == 2 else 416),
         "    # <TILE_ORDER>\n": indent((
             f"# the {which} query tiles see most keys: they start first", f"q_tile = {order}")),
         "<CONSTANTS>": wrap([f"{name}: gl.constexpr" for name in CONSTANTS], 3, 12),
@@ -155,10 +178,10 @@ def state_names(plan: Plan) -> list[str]:
     return [*loose.names, *full.names] or ["nothing"]
 
 
-def header_text(plan: Plan) -> str:
+def header_text(plan: Plan, rows: int) -> str:
     """What the file is, for a reader who finds it in the cache."""
     return (f"mask         {plan.mask!r}\n"
-            f"item         128 rows of {plan.block_m} positions, grains of {plan.block_n} keys\n"
+            f"item         {rows} rows of {plan.block_m} positions, grains of {plan.block_n} keys\n"
             f"FULL tiles   {count_text(plan.full)}, no mask\n"
             f"loose        {count_text(plan.masked)}"
             f"{', dead grains left out by interval arithmetic' if plan.sieve else ''}\n")

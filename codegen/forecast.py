@@ -77,7 +77,7 @@ def forecast(mask: Mask, rates: Rates, shape: Shape, call: CallHeads,
     if rates.target == HOPPER:
         works, cut = count_hopper(mask, shape, call, rates.processors, with_pairs=False)
         visited = total_visited(works)
-        found = predict(rates, item_of(call), shape, call, visited, estimator=estimator)
+        found = predict(rates, item_of(mask, call), shape, call, visited, estimator=estimator)
         if visited.masked and not all(is_intervals(work.plan) for work in works):
             found = replace(found, notes=(*found.notes, PAIR_BY_PAIR))
         return Forecast(found, works, cut)

@@ -29,7 +29,7 @@ from maskdsl.codegen.hopper_cut import (
 from maskdsl.codegen.hopper_kernels import combine
 from maskdsl.codegen.kept import make_kept, nothing
 from maskdsl.codegen.plan import Plan
-from maskdsl.codegen.planner import make_plan
+from maskdsl.codegen.planner import make_plan, mean_row_width
 from maskdsl.codegen.tables import head_table
 from maskdsl.codegen.tune import power_of_two
 from maskdsl.dynamic import slots_of
@@ -38,6 +38,11 @@ from maskdsl.shape import Shape
 
 if TYPE_CHECKING:
     from maskdsl.codegen.kernel import Call, OutputMaker
+
+
+BY_SUM, BY_MAXIMUM, GIVEN_UP = 0, 1, 2  # what a launch does, as the kernel calls it
+COUNTERS = 3  # of the queue, before its flags
+LONG_SHARE = 256  # tiles of keys for each multiprocessor: about 0.2 ms
 
 
 @lru_cache(maxsize=1)
@@ -97,7 +102,7 @@ class HopperForward:
         if slots_of(self.mask):
             return emit_listed(plans[0])
         groups = map(len, head_groups(self.mask, config.heads_packed))
-        return emit_hopper(*plans, groups=tuple(groups))
+        return emit_hopper(*plans, groups=tuple(groups), computing=config.computing)
 
     def default_source(self, head_dim: int) -> str:
         """The kernel file for four query heads a key/value head."""
@@ -142,6 +147,8 @@ class HopperForward:
         made = describe_all(q, k, v, make_out(q)[1], config)
         grid = min(cut.items, processors)
         numbers = launch_numbers(cut, batch, groups, group, shape)
+        modes = (BY_SUM, GIVEN_UP) if is_long(self.kinds[0], config, cut, shape, processors) \
+            and q.dtype == torch.bfloat16 else (BY_MAXIMUM,)
         constants = constants_of(config, q.shape[3], v.shape[3], with_lse)
         rows = cut.split_count * config.span
         width = constants["V_PARTS"] * made[5].block_shape[3]  # of a row of a part
@@ -158,9 +165,11 @@ class HopperForward:
                                     device=device)
                 part_lse = torch.empty(sizes[0], dtype=torch.float32, device=device)
             tensors = (q, k, v, k, v, out)
-            forward[(grid,)](*(rebase(d, t) for d, t in zip(made, tensors, strict=True)),
-                             q if lse is None else lse, parts, part_lse, queue(device),
-                             own_table(), *numbers, scale, **constants)
+            boxes = [rebase(d, t) for d, t in zip(made, tensors, strict=True)]
+            flags, own = queue(device, cut.items), own_table()
+            for mode in modes:
+                forward[(grid,)](*boxes, q if lse is None else lse, parts, part_lse, flags, own,
+                                 mode, *numbers, scale, **constants)
             if cut.split_count:
                 combine_parts(out, lse, parts, part_lse, cut, config.span, shape.q_len)
             return result
@@ -172,6 +181,14 @@ class HopperForward:
                 return launch(q, k, v)
 
         return call
+
+
+def is_long(mask: Mask, config: HopperConfig, cut: Schedule, shape: Shape,
+            processors: int) -> bool:
+    """Whether a call is long enough to leave out maxima: it then ends with a second launch for
+    items that needed them, which mostly finds none."""
+    width = min(mean_row_width(mask), float(shape.kv_len))
+    return cut.items * width / config.block_n >= LONG_SHARE * processors
 
 
 def launch_numbers(cut: Schedule, batch: int, groups: int, group: int,
@@ -213,8 +230,8 @@ def constants_of(config: HopperConfig, head_dim: int, value_dim: int,
 
 def blocks_of(config: HopperConfig, head_dim: int, value_dim: int) -> list[tuple[int, ...]]:
     """The boxes that TMA copies of q, k, v, grains of k and v, and the output."""
-    half = max(config.heads_packed // 2, 1)
-    item, tile, grain = (1, half, 64 // half), (1, 1, config.block_n), (1, 1, GRAIN)
+    packed = config.heads_packed
+    item, tile, grain = (1, packed, 64 // packed), (1, 1, config.block_n), (1, 1, GRAIN)
     d = parts_of(head_dim, config.padded)[1]
     dv = value_parts(head_dim, value_dim, config.padded)[1]
     return [(*item, d), (*tile, d), (*tile, dv), (*grain, min(d, 64)), (*grain, min(dv, 64)),
@@ -242,18 +259,22 @@ def describe(t: torch.Tensor, block: tuple[int, ...]) -> Any:
     return made
 
 
-_queues: dict[tuple[int, int], torch.Tensor] = {}
+_queues: dict[tuple[int, int], list[torch.Tensor]] = {}
 
 
-def queue(device: torch.device) -> torch.Tensor:
-    """The queue's two counters, 0 between launches.
+def queue(device: torch.device, items: int = 0) -> torch.Tensor:
+    """The queue's three counters and a flag for each of at least `items` items, 0 between calls.
 
-    A pair for each stream, since launches on two streams may overlap; a graph under capture gets
-    its own, since it may be replayed beside anything.
+    One for each stream, since launches on two streams may overlap; a graph under capture gets its
+    own, since it may be replayed beside anything.
     """
+    def zeros() -> torch.Tensor:
+        return torch.zeros(COUNTERS + power_of_two(items), dtype=torch.int32, device=device)
+
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
+        return zeros()
     key = (device.index or 0, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _queues:
-        _queues[key] = make_kept(lambda: torch.zeros(2, dtype=torch.int32, device=device), device)
-    return _queues[key]
+    if key not in _queues or len(_queues[key][-1]) < COUNTERS + items:
+        # (one that has become too small is kept: a launch on the stream may still use it)
+        _queues.setdefault(key, []).append(make_kept(zeros, device))
+    return _queues[key][-1]

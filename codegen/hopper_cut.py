@@ -22,16 +22,17 @@ from maskdsl.periodic import RandomBlocks
 from maskdsl.shape import Shape
 from maskdsl.where import Where
 
-ROWS = 128  # of an item: two warp groups of 64
+ROWS = 128  # of an item of two computing warp groups, 64 each
 GRAIN, BLOCK_N = 32, 128  # keys of a grain (the bits of a word) and of a tile where it fits
 TILE = BLOCK_N // GRAIN
 LARGEST_DIM = 256
+SMALL_DIM = 64  # the largest with room for the registers of three computing warp groups
 LISTED_DIM = 128  # the largest of masks with data that comes with the call
 # bytes of shared memory for queries, keys, values and output; barriers and letters take the rest
 RING_BYTES = 229376
 # (places for the queries of an item, keys of a tile, slots of keys and of values), best first
-ROOMS = ((2, 128, 3, 3), (2, 128, 2, 3), (2, 128, 2, 2), (1, 128, 2, 2), (2, 64, 4, 4),
-         (2, 64, 3, 3), (1, 64, 3, 3), (1, 64, 3, 2), (1, 64, 2, 2))
+ROOMS = ((2, 128, 4, 4), (2, 128, 3, 3), (2, 128, 2, 3), (2, 128, 2, 2), (1, 128, 2, 2),
+         (2, 64, 4, 4), (2, 64, 3, 3), (1, 64, 3, 3), (1, 64, 3, 2), (1, 64, 2, 2))
 ELEMENT = 2  # bytes: the kernel takes 16-bit inputs
 L2_BYTES = 32 << 20  # keys and values of the heads that run side by side should fit the L2 cache
 SHARE = 0.5  # an item longer than this part of one multiprocessor's work is cut along its keys
@@ -49,6 +50,7 @@ class HopperConfig:
     letters       items whose queries are in shared memory: 2, or 1 where they are large; then the
                   next item's queries replace them as soon as the last scores are there
     padded        rows of 65 to 96 elements are padded to 128; else they are kept as three times 32
+    computing     computing warp groups, of 64 rows each: 2 or 3
     """
 
     heads_packed: int
@@ -59,6 +61,7 @@ class HopperConfig:
     block_n: int = BLOCK_N
     letters: int = 2
     padded: bool = True
+    computing: int = 2
 
     @property
     def tile(self) -> int:
@@ -66,9 +69,14 @@ class HopperConfig:
         return self.block_n // GRAIN
 
     @property
+    def rows(self) -> int:
+        """Rows of an item: heads x positions."""
+        return 64 * self.computing
+
+    @property
     def span(self) -> int:
         """Positions of an item."""
-        return ROWS // self.heads_packed
+        return self.rows // self.heads_packed
 
 
 @lru_cache(maxsize=256)
@@ -182,13 +190,13 @@ def width_of(dim: int, padded: bool = True) -> int:
 
 @lru_cache(maxsize=256)
 def pick_room(head_dim: int, value_dim: int, padded: bool = True,
-              most_keys: int = BLOCK_N) -> tuple[int, int, int, int]:
+              most_keys: int = BLOCK_N, rows: int = ROWS) -> tuple[int, int, int, int]:
     """(letters, keys of a tile, slots of keys, of values): the first of ROOMS that fits, with tiles
     of at most so many keys."""
     d, (parts, width) = width_of(head_dim, padded), value_parts(head_dim, value_dim, padded)
     for letters, keys, k_slots, v_slots in ROOMS:
-        output = 2 * 64 * width if letters == 1 else 0
-        elements = letters * ROWS * d + output + keys * (k_slots * d + v_slots * parts * width)
+        output = rows * width if letters == 1 else 0
+        elements = letters * rows * d + output + keys * (k_slots * d + v_slots * parts * width)
         if keys <= most_keys and ELEMENT * elements <= RING_BYTES:
             return letters, keys, k_slots, v_slots
     raise AssertionError((head_dim, value_dim))
@@ -220,11 +228,22 @@ def pick_hopper(mask: Mask, group: int, head_dim: int, value_dim: int = 0) -> Ho
     packed = next(n for n in (4, 2, 1) if group % n == 0 and packs(mask, n))
     value_dim = value_dim or head_dim
     padded = not is_padded(head_dim, value_dim)  # where rows need not be padded they are not
-    letters, keys, k_slots, v_slots = pick_room(head_dim, value_dim, padded)
-    narrow = pick_narrow(make_plans(mask, ROWS // packed, keys // GRAIN), keys,
+    computing = pick_computing(mask, head_dim, value_dim)
+    rows = 64 * computing
+    letters, keys, k_slots, v_slots = pick_room(head_dim, value_dim, padded, rows=rows)
+    narrow = pick_narrow(make_plans(mask, rows // packed, keys // GRAIN), keys,
                          tuple(len(heads) for heads, _ in kinds_of(mask)))
-    return HopperConfig(packed, narrow, k_slots, v_slots, block_n=keys, letters=letters,
-                        padded=padded)
+    if computing == 3:
+        narrow = min(narrow, 64)  # more would not fit the registers
+    return HopperConfig(packed, narrow, k_slots, v_slots, 160 if computing == 3 else 232,
+                        block_n=keys, letters=letters, padded=padded, computing=computing)
+
+
+def pick_computing(mask: Mask, head_dim: int, value_dim: int) -> int:
+    """Warp groups that compute: three where small head dimensions leave registers for them and
+    items are long; on short ones trials were slower."""
+    small = max(head_dim, value_dim) <= SMALL_DIM
+    return 3 if small and mean_row_width(mask) >= DENSE_WIDTH else 2
 
 
 def pick_narrow(plans: tuple[Plan, ...], block_n: int, heads: tuple[int, ...]) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from maskdsl.codegen.hopper import (
+    BY_MAXIMUM,
     HopperForward,
     constants_of,
     describe,
@@ -109,7 +110,7 @@ def prepare_listed(forward: HopperForward, q: torch.Tensor, k: torch.Tensor, v: 
         made = [rebase(d, t) for d, t in zip(pack.made, (q, k, v, k, v, out), strict=True)]
         pack.kernel[(pack.grid,)](
             *made[:5], *map(calls.describe_columns, copies), made[5], q if lse is None else lse,
-            no_parts, no_parts, queue(device), own_table, *pack.numbers,
+            no_parts, no_parts, queue(device), own_table, BY_MAXIMUM, *pack.numbers,
             *pack.small.arguments(tables), scale, **pack.constants)
         return result
 

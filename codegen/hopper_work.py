@@ -13,14 +13,12 @@ import numpy as np
 from maskdsl.codegen.emit_hopper import INTERVAL
 from maskdsl.codegen.hopper_cut import (
     ELEMENT,
-    ROWS,
     HopperConfig,
     Schedule,
     count_tiles,
     kinds_of,
     make_plans,
     pick_hopper,
-    pick_room,
     pick_section,
     schedule,
 )
@@ -33,9 +31,10 @@ from maskdsl.shape import Shape
 from maskdsl.tiles import Ints
 
 
-def item_of(call: CallHeads) -> tuple[int, int]:
+def item_of(mask: Mask, call: CallHeads) -> tuple[int, int]:
     """(rows of an item, which are heads x positions, keys of a tile)."""
-    return ROWS, pick_room(call.head_dim, call.value_dim)[1]
+    config = pick_hopper(mask, call.heads // call.kv_heads, call.head_dim, call.value_dim)
+    return config.rows, config.block_n
 
 
 @dataclass(frozen=True, slots=True)

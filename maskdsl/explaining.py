@@ -112,7 +112,7 @@ def explain(compiled: Compiled, shape: Shape, sizes: Sizes, chip: str | None,
     if kernel == "torch":
         tile, widen = (BLOCK_M, BLOCK_N), plannable
     elif kernel == HOPPER:
-        tile = item_of(call)
+        tile = item_of(compiled.mask, call)
     else:
         arch = present_arch() if chip is None or rates is None else rates.arch
         tile = tile_on(compiled.mask, arch, call, compiled.tile)

@@ -277,7 +277,7 @@ def compile_gluon(forward: Any, dtype: torch.dtype, blocks: dict[str, tuple[int,
     text = kernel.asm["ptx"]
     # Triton numbers the barriers of its own warp groups from 0; ours begin at 4
     written = {int(n) for n in re.findall(r"\b(?:bar|barrier)\.sync\s+(\d+)", text)}
-    assert written <= {0, 1, 2, 3, 9, 10}, f"hardware barriers {written}"
+    assert written <= {0, 1, 2, 3}, f"hardware barriers {written}"
     return (Compiled(kernel.metadata.shared, count_spills("sm_90", text), text),
             loops_of(kernel.asm["cubin"]))
 

@@ -62,7 +62,8 @@ def on_machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(hopper_backward, "kernel_of",
                         lambda side: load(side.source, "gradients", state.seed))
     for module in (hopper, hopper_backward):
-        monkeypatch.setattr(module, "queue", lambda _: torch.zeros(2, dtype=torch.int32))
+        monkeypatch.setattr(module, "queue",
+                            lambda _, items=0: torch.zeros(3 + items, dtype=torch.int32))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda _: SimpleNamespace(multi_processor_count=2))
@@ -139,11 +140,12 @@ def test_forward(on_machine: Any, seed: int, mask: Mask, shape: Shape,
 @pytest.mark.parametrize(("mask", "dims", "changes"), [
     (Causal() & TRIANGLE, (64, 64), {"k_slots": 2, "v_slots": 2}),
     (Causal(), (128, 128), {"k_slots": 3, "v_slots": 2}),
+    (Causal() & TRIANGLE, (64, 64), {"computing": 3}), (Causal(), (64, 40), {}),
     (Causal() & TRIANGLE, (128, 128), {"letters": 1, "k_slots": 3, "v_slots": 2}),
     (Causal() & Stride(64), (128, 64), {"letters": 1})], ids=repr)
 def test_forward_with_other_configs(on_machine: Any, seed: int, mask: Mask, dims: tuple[int, int],
                                     changes: dict[str, int]) -> None:
-    """Other numbers of slots; one place for the queries of an item."""
+    """Other numbers of slots; one place for the queries of an item; three groups that compute."""
     on_machine.seed = seed
     check_forward(mask, Shape(330, 400), (1, 4, 1), dims[0], value_dim=dims[1], **changes)
 

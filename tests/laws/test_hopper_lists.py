@@ -90,7 +90,7 @@ HELPERS = {
 
 def run_text(source: str) -> dict[str, Any]:
     """The scalar functions of an emitted file as Python functions."""
-    start, stop = source.index("FAR = "), source.index("@gluon.jit\ndef named_barrier")
+    start, stop = source.index("FAR = "), source.index("@gluon.jit\ndef hardware_barrier")
     text = source[start:stop].replace("@gluon.jit\n", "").replace(".to(gl.int64)", "")
     text = re.sub(r"def (mask_\w+|read_sides|load_\w+|side_words|pair_words)\(.*?(?=\n\n\n)", "",
                   text, flags=re.DOTALL)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskdsl import Causal, Window, simplify
+from maskdsl import Causal, Mask, Window, simplify
 from maskdsl.codegen.emit_hopper import emit_hopper
 from maskdsl.codegen.hopper import blocks_of
 from maskdsl.codegen.hopper_cut import (
@@ -74,8 +74,8 @@ def number(head: Any, row: Any) -> Any:
     return (head * (FAR + 4096) + row) * 1024
 
 
-def functions(barrier: Any) -> dict[str, Any]:
-    """The loading functions of a file."""
+def functions(barrier: Any, computing: int = 2) -> dict[str, Any]:
+    """The loading functions of a file; so many warp groups compute."""
     (plan,) = make_plans(simplify(Causal() & Window(99)), 32, 4)
     source = emit_hopper(plan)
     text = "\n\n".join(re.findall(rf"def (?:{'|'.join(FUNCTIONS)})\(.*?(?=\n\n\n)", source,
@@ -83,6 +83,7 @@ def functions(barrier: Any) -> dict[str, Any]:
     waits: Any = SimpleNamespace(wait=lambda *_: None, expect=barrier.expect)
     names: dict[str, Any] = {
         "gl": SimpleNamespace(static_range=range, constexpr=int), "mbarrier": waits,
+        "COMPUTING": computing,
         "claim": lambda *_: None,
         "start_of": lambda i, count, state, grain: STARTS[i] if i < count else FAR,
         "tma": SimpleNamespace(async_copy_global_to_shared=barrier.copy)}
@@ -144,14 +145,17 @@ def test_tiles_hold_their_keys(dim: int, value_dim: int, padded: bool) -> None:
 
 
 @pytest.mark.parametrize("group", [4, 2, 1])
-@pytest.mark.parametrize(("dim", "value_dim"), DIMS)
-def test_queries_and_output_share_their_place(dim: int, value_dim: int, group: int) -> None:
-    config = pick_hopper(simplify(Causal() & Window(99)), group, dim, value_dim)
+@pytest.mark.parametrize(("mask", "dim", "value_dim"), [
+    *((Causal() & Window(99), *dims) for dims in DIMS), (Causal(), 64, 64)], ids=repr)
+def test_queries_and_output_share_their_place(mask: Mask, dim: int, value_dim: int,
+                                              group: int) -> None:
+    config = pick_hopper(simplify(mask), group, dim, value_dim)
+    assert config.computing == (3 if mask == Causal() else 2)
     (parts, width), (many, narrow) = (parts_of(dim, config.padded),
                                       value_parts(dim, value_dim, config.padded))
     bar, heads = Barrier(), config.heads_packed
-    load = functions(bar)
-    memory = np.full(2 * config.letters * 64 * parts * width, -1, dtype=np.int64)
+    load = functions(bar, config.computing)
+    memory = np.full(config.letters * config.rows * parts * width, -1, dtype=np.int64)
     ring = Ring(memory, 64 * width, width)
     for count in range(3):
         memory[:] = -1
@@ -159,14 +163,10 @@ def test_queries_and_output_share_their_place(dim: int, value_dim: int, group: i
         queries = Descriptor(blocks_of(config, dim, value_dim)[0])
         load["load_queries"](queries, bar, bar, ring, count,
                              0, 8, 320, heads, parts, config.letters)
-        assert bar.announced == bar.came == 2 * 128 * parts * width
-        for group_of_warps in range(2):
-            row = np.arange(64)
-            if heads == 1:
-                head, position = 8 + 0 * row, 320 + 64 * group_of_warps + row
-            else:
-                span = 64 // (heads // 2)
-                head, position = 8 + group_of_warps * (heads // 2) + row // span, 320 + row % span
+        assert bar.announced == bar.came == 2 * config.rows * parts * width
+        for group_of_warps in range(config.computing):
+            row, span = np.arange(64), 64 // heads  # positions of all heads
+            head, position = 8 + row // span, 320 + span * group_of_warps + row % span
             place = load["query_place"](count, group_of_warps, config.letters)
             for part in range(parts):
                 found = ring.index(place * parts + part)[chunks(64, width)]
