@@ -80,10 +80,10 @@ def check_far_apart(mask: Mask, length: int, heads: int, dim: int,
     exact, exact_lse = dense_attention(q.double(), k.double(), v.double(), live)
     plain, _ = dense_attention(q, k, v, live)
     attn = maskdsl.compile(mask, **FORCED)
-    recorded = torch.cuda.CUDAGraph() if graph else None
     for _ in range(2):
         out, lse = attn(q, k, v, return_lse=True)
-        if recorded is not None:
+        if graph:
+            recorded = torch.cuda.CUDAGraph()
             with torch.cuda.graph(recorded):
                 out, lse = attn(q, k, v, return_lse=True)
             recorded.replay()
