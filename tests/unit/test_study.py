@@ -36,10 +36,11 @@ from maskdsl.patterns import triangle, triangle_mix
 from maskdsl.study import choose_rows
 
 
-def make(q_len: int = 50, kv_len: int | None = None, batch: int = 2, seed: int = 0) -> Layer:
+def make(q_len: int = 50, kv_len: int | None = None, batch: int = 2, seed: int = 0,
+         dim: int = 16) -> Layer:
     g = torch.Generator().manual_seed(seed)
     size = (q_len, kv_len or q_len, kv_len or q_len)
-    return Layer(*(2 * torch.randn(batch, h, n, 16, generator=g)
+    return Layer(*(2 * torch.randn(batch, h, n, dim, generator=g)
                    for h, n in zip((4, 2, 2), size, strict=True)))
 
 
@@ -176,7 +177,7 @@ def test_what_cannot_be_studied_is_told(layers: Any, patterns: Any, told: str) -
 
 
 def test_tables_and_pictures(tmp_path: Path) -> None:
-    layer = make(300, batch=1)
+    layer = make(300, batch=1, dim=96)  # (up to 64 dense attention has tiles of its own)
     told = study_function((layer.q, layer.k, layer.v),
                           {"wide": Window(64), "thin": Window(16), "all": Causal(),
                            "bad": LastQ(120)}, rows=None, progress=False)
