@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 BY_SUM, BY_MAXIMUM, GIVEN_UP = 0, 1, 2  # what a launch does, as the kernel calls it
 COUNTERS = 3  # of the queue, before its flags
 LONG_SHARE = 256  # tiles of keys for each multiprocessor: about 0.2 ms
+one_by_one = threading.Lock()
 
 
 @lru_cache(maxsize=1)
@@ -147,8 +149,7 @@ class HopperForward:
         made = describe_all(q, k, v, make_out(q)[1], config)
         grid = min(cut.items, processors)
         numbers = launch_numbers(cut, batch, groups, group, shape)
-        modes = (BY_SUM, GIVEN_UP) if is_long(self.kinds[0], config, cut, shape, processors) \
-            and q.dtype == torch.bfloat16 else (BY_MAXIMUM,)
+        modes = modes_of(self.kinds[0], config, cut, shape, processors, q.dtype)
         constants = constants_of(config, q.shape[3], v.shape[3], with_lse)
         rows = cut.split_count * config.span
         width = constants["V_PARTS"] * made[5].block_shape[3]  # of a row of a part
@@ -167,9 +168,10 @@ class HopperForward:
             tensors = (q, k, v, k, v, out)
             boxes = [rebase(d, t) for d, t in zip(made, tensors, strict=True)]
             flags, own = queue(device, cut.items), own_table()
-            for mode in modes:
-                forward[(grid,)](*boxes, q if lse is None else lse, parts, part_lse, flags, own,
-                                 mode, *numbers, scale, **constants)
+            with one_by_one:  # flags belong to one call of a stream at a time
+                for mode in modes:
+                    forward[(grid,)](*boxes, q if lse is None else lse, parts, part_lse, flags,
+                                     own, mode, *numbers, scale, **constants)
             if cut.split_count:
                 combine_parts(out, lse, parts, part_lse, cut, config.span, shape.q_len)
             return result
@@ -183,12 +185,14 @@ class HopperForward:
         return call
 
 
-def is_long(mask: Mask, config: HopperConfig, cut: Schedule, shape: Shape,
-            processors: int) -> bool:
-    """Whether a call is long enough to leave out maxima: it then ends with a second launch for
-    items that needed them, which mostly finds none."""
-    width = min(mean_row_width(mask), float(shape.kv_len))
-    return cut.items * width / config.block_n >= LONG_SHARE * processors
+def modes_of(mask: Mask, config: HopperConfig, cut: Schedule, shape: Shape, processors: int,
+             dtype: torch.dtype) -> tuple[int, ...]:
+    """The launches of a call: long ones leave out maxima, and end with a second launch for items
+    that needed them, which mostly finds none. (fp16 weights would overflow.)"""
+    tiles = cut.items * min(mean_row_width(mask), float(shape.kv_len)) / config.block_n
+    if dtype == torch.bfloat16 and tiles >= LONG_SHARE * processors:
+        return BY_SUM, GIVEN_UP
+    return (BY_MAXIMUM,)
 
 
 def launch_numbers(cut: Schedule, batch: int, groups: int, group: int,

@@ -3,6 +3,10 @@ computed again."""
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,6 +111,30 @@ def test_faults_show(flags: list[torch.Tensor], change: dict[str, str]) -> None:
 
     with pytest.raises(AssertionError):
         run()
+
+
+def test_no_other_thread_launches_between(monkeypatch: pytest.MonkeyPatch,
+                                         flags: list[torch.Tensor]) -> None:
+    """Calls of several threads on one stream share its flags."""
+    launched: list[tuple[int, int]] = []
+
+    class Slow:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*arguments: Any, **constants: Any) -> None:
+                mode = next(x for x in arguments if type(x) is int)
+                launched.append((threading.get_ident(), mode))
+                time.sleep(0.005)
+            return launch
+
+    monkeypatch.setattr(hopper, "load_module", lambda _: SimpleNamespace(forward=Slow()))
+    q = torch.zeros(1, 1, 300, 64, dtype=torch.bfloat16)
+    call = HopperForward(simplify(Causal())).prepare(
+        q, q, q, Shape(300, 300), 1.0, output_maker(q, 64, "bhld", True), True,
+        pick_hopper(simplify(Causal()), 1, 64))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: call(q, q, q, {}), range(12)))
+    for (who, mode), (other, second) in zip(launched[::2], launched[1::2], strict=True):
+        assert who == other and (mode, second) == (hopper.BY_SUM, hopper.GIVEN_UP)
 
 
 def test_short_calls_and_fp16_keep_their_maxima(monkeypatch: pytest.MonkeyPatch,
