@@ -33,7 +33,8 @@ GRAINS = 4  # of a tile
 
 
 def has_sides(plan: Plan) -> bool:
-    """Whether the two warp groups hold different positions, and so may see different slashes."""
+    """Whether items hold one head: then the positions of the two warp groups lie 64 apart, and may
+    see different slashes."""
     return bool(plan.lists.slashes) and plan.block_m == 128
 
 
