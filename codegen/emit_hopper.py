@@ -89,14 +89,22 @@ def emit_hopper(*plans: Plan, groups: tuple[int, ...] = (), computing: int = 2) 
     return fill_template(kernel_template(computing), pieces)
 
 
-def kernel_template(computing: int) -> str:
-    """The template with so many computing warp groups."""
-    text = read_template("hopper")
-    if computing == 3:
-        two, three = (read_template(f"hopper_{name}").rstrip() for name in ("two", "three"))
-        assert two in text
-        text = text.replace(two, three)
-    return text
+def kernel_template(computing: int = 2) -> str:
+    """The template with its warp groups, so many of which compute.
+
+    The first one must have four warps. Two computing groups leave room for four loading warps,
+    three for one; the planning warp stands last.
+    """
+    produce, consume, hand_out = re.findall(r"^        \(\w+, \(.*?\)\),\n",
+                                            read_template("hopper_partitions"),
+                                            re.DOTALL | re.MULTILINE)
+    groups = [consume.replace("<GROUP>", str(i)) for i in range(computing)]
+    if computing == 2:
+        order, warps = [produce, *groups], "[4, 4, 1], [REGISTERS, REGISTERS, 24]"
+    else:
+        order, warps = [*groups, produce], "[4, 4, 1, 1], [REGISTERS, REGISTERS, 24, 24]"
+    return fill_template(read_template("hopper"), {
+        "        # <PARTITIONS>\n": "".join((*order, hand_out)), "<WARPS>": warps})
 
 
 def common_pieces(*plans: Plan, computing: int = 2, quick: bool = False) -> dict[str, str]:
@@ -111,8 +119,7 @@ def common_pieces(*plans: Plan, computing: int = 2, quick: bool = False) -> dict
         "<QUICK>": str(quick),
         "<COMPUTING>": str(computing),
         "<ROWS>": str(64 * computing),
-        # (three groups leave room for one loading warp, two for four)
-        "<SLOT_THREADS>": str(384 if computing == 2 else 416),
+        "<SLOT_THREADS>": str(128 * computing + (128 if computing == 2 else 32)),
         "    # <TILE_ORDER>\n": indent((
             f"# the {which} query tiles see most keys: they start first", f"q_tile = {order}")),
         "<CONSTANTS>": wrap([f"{name}: gl.constexpr" for name in CONSTANTS], 3, 12),

@@ -14,6 +14,7 @@ from maskdsl.codegen.emit_hopper import (
     common_pieces,
     fill_template,
     in_gluon,
+    kernel_template,
     words,
 )
 from maskdsl.codegen.emit_hopper_lists import (
@@ -150,7 +151,7 @@ def patch(text: str, old: str, new: str) -> str:
 
 def listed_template(plan: Plan) -> str:
     """The template of static masks with other functions for grains, and more arguments."""
-    text = read_template("hopper")
+    text = kernel_template()
     start, stop = text.index("@gluon.jit\ndef grain_at"), text.index("# <MASK_TILE>\n")
     text = text[:start] + read_template("hopper_lists") + place_functions(plan) + text[stop:]
     # items are read when a tile is loaded: their numbers would take registers all the time

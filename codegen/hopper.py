@@ -228,7 +228,7 @@ def constants_of(config: HopperConfig, head_dim: int, value_dim: int,
             "V_SLOTS": config.v_slots, "K_PARTS": parts_of(head_dim, config.padded)[0],
             "V_PARTS": value_parts(head_dim, value_dim, config.padded)[0],
             "Q_LETTERS": config.letters, "WITH_LSE": with_lse, "REGISTERS": config.registers,
-            # sixteen warps, the last three of them idle, share 64 Ki registers before they trade
+            # sixteen warps, two or three of them idle, share 64 Ki registers before they trade
             "num_warps": 4, "maxnreg": 128}
 
 

@@ -241,9 +241,10 @@ def pick_hopper(mask: Mask, group: int, head_dim: int, value_dim: int = 0) -> Ho
 
 def pick_computing(mask: Mask, head_dim: int, value_dim: int) -> int:
     """Warp groups that compute: three where small head dimensions leave registers for them and
-    items are long; on short ones trials were slower."""
+    items of all heads are long; on short ones trials were slower."""
     small = max(head_dim, value_dim) <= SMALL_DIM
-    return 3 if small and mean_row_width(mask) >= DENSE_WIDTH else 2
+    long = len(kinds_of(mask)) == 1 and mean_row_width(mask) >= DENSE_WIDTH
+    return 3 if small and long else 2
 
 
 def pick_narrow(plans: tuple[Plan, ...], block_n: int, heads: tuple[int, ...]) -> int:

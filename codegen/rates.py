@@ -183,7 +183,7 @@ HOPPER = replace(
         "kept, and coverage.json; 34 later calls (docs/benchmarks/cost.json, 2026-11-25) are "
         "predicted with a median error of 5 %, at most 19 %",
         "measured before bfloat16 calls left out maxima (docs/decisions/0019-sums-instead-of-maxima"
-        ".md): long ones take some percent less now, dense ones at D 64 a fifth less",
+        ".md), which on an H200 made long ones some percent faster, dense ones at D 64 a fifth",
         "host time of a call: that of the portable kernel, taken over and not measured",
         *H100.sources[1:3],
     ),

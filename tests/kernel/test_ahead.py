@@ -110,7 +110,7 @@ for mask, dtype, dim, value_dim, group in [
                  "order": "QWeWE" if three else "[eE]*QWEW[eE]*",
                  "spills": c.spills, "limit": SHARED_LIMIT["sm_90"], "loops": loops,
                  "keys": pick_room(dim, value_dim)[1],
-                 "most": 128 if dim < 256 else 448, "in_loop": int(dim == 256)})
+                 "most": 128 if dim < 256 else 448})
 print(json.dumps(rows))
 """
 
@@ -253,12 +253,11 @@ def short(opcodes: list[str], keys: int = 128) -> str:
 @pytest.mark.slow
 def test_hopper_kernels_overlap_products_and_softmax() -> None:
     """The loading and planning warps have 24 registers, and spill a few words there; beyond D = 128
-    the computing ones do so once an item, but in the loop over tiles only one word, at D = 256.
-    ptxas likes to move the wait for P V above the exponentials, which would cost a third of the
-    speed: between the wait for Q K and that for P V half of them must stand (of three groups some:
-    there are two others to fill the time). The others stand behind it, beside the rescaling and the
-    conversion, as in FlashAttention 3. No product may be serialised (count_spills fails on ptxas'
-    warning)."""
+    the computing ones do so once an item, but not in the loop over tiles. ptxas likes to move the
+    wait for P V above the exponentials, which would cost a third of the speed: between the wait for
+    Q K and that for P V half of them must stand (of three groups some: there are two others to fill
+    the time). The others stand behind it, beside the rescaling and the conversion, as in
+    FlashAttention 3. No product may be serialised (count_spills fails on ptxas' warning)."""
     for row in run_program(HOPPER, "sm_90"):
         assert row["spills"] <= row["most"], (row["what"], row["spills"])
         assert row["shared"] <= row["limit"], row["what"]
@@ -266,8 +265,7 @@ def test_hopper_kernels_overlap_products_and_softmax() -> None:
         good = [loop for loop, text in zip(row["loops"], found, strict=True)
                 if re.fullmatch(row["order"], text)]
         assert good, (row["what"], found)
-        local = sum(op.startswith(("LDL", "STL")) for op in min(good, key=len))
-        assert local <= row["in_loop"], (row["what"], local)
+        assert not any(op.startswith(("LDL", "STL")) for op in min(good, key=len)), row["what"]
 
 
 @pytest.mark.slow

@@ -113,10 +113,9 @@ def test_faults_show(flags: list[torch.Tensor], change: dict[str, str]) -> None:
         run()
 
 
-def test_no_other_thread_launches_between(monkeypatch: pytest.MonkeyPatch,
-                                         flags: list[torch.Tensor]) -> None:
-    """Calls of several threads on one stream share its flags."""
-    launched: list[tuple[int, int]] = []
+def record(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> tuple[Any, list[Any]]:
+    """A call, and the (thread, mode) of its launches, which compute nothing and take a while."""
+    launched: list[Any] = []
 
     class Slow:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -127,29 +126,43 @@ def test_no_other_thread_launches_between(monkeypatch: pytest.MonkeyPatch,
             return launch
 
     monkeypatch.setattr(hopper, "load_module", lambda _: SimpleNamespace(forward=Slow()))
-    q = torch.zeros(1, 1, 300, 64, dtype=torch.bfloat16)
-    call = HopperForward(simplify(Causal())).prepare(
-        q, q, q, Shape(300, 300), 1.0, output_maker(q, 64, "bhld", True), True,
-        pick_hopper(simplify(Causal()), 1, 64))
+    whole, q = simplify(Causal()), torch.zeros(1, 1, 300, 64, dtype=dtype)
+    call = HopperForward(whole).prepare(q, q, q, Shape(300, 300), 1.0, output_maker(
+        q, 64, "bhld", True), True, pick_hopper(whole, 1, 64))
+    return lambda: call(q, q, q, {}), launched
+
+
+def test_no_other_thread_launches_between(monkeypatch: pytest.MonkeyPatch,
+                                         flags: list[torch.Tensor]) -> None:
+    """Calls of several threads on one stream share its flags."""
+    call, launched = record(monkeypatch, torch.bfloat16)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: call(q, q, q, {}), range(12)))
+        list(pool.map(lambda _: call(), range(12)))
+    assert len(launched) == 24
     for (who, mode), (other, second) in zip(launched[::2], launched[1::2], strict=True):
         assert who == other and (mode, second) == (hopper.BY_SUM, hopper.GIVEN_UP)
 
 
-def test_short_calls_and_fp16_keep_their_maxima(monkeypatch: pytest.MonkeyPatch,
-                                                flags: list[torch.Tensor]) -> None:
-    """One launch: nothing is flagged, whatever the scores."""
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float16, 0), (torch.bfloat16, 256)])
+def test_short_calls_and_fp16_keep_their_maxima(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype,
+                                                share: int, flags: list[torch.Tensor]) -> None:
+    monkeypatch.setattr(hopper, "LONG_SHARE", share)
+    call, launched = record(monkeypatch, dtype)
+    call()
+    assert [mode for _, mode in launched] == [hopper.BY_MAXIMUM]
+
+
+def test_the_kernel_keeps_them_in_fp16_too(monkeypatch: pytest.MonkeyPatch,
+                                           flags: list[torch.Tensor]) -> None:
+    """Whatever the mode of its launch."""
+    monkeypatch.setattr(hopper, "modes_of", lambda *_: (hopper.BY_SUM,))
     whole, shape = simplify(Causal()), Shape(500, 500)
-    for dtype, share in ((torch.float16, 0), (torch.bfloat16, 256)):
-        monkeypatch.setattr(hopper, "LONG_SHARE", share)
-        monkeypatch.setattr(hopper, "GIVEN_UP", None)  # a second launch would fail
-        q, k, v, _ = draw((1, 4, 1), shape, 64, dtype)
-        call = HopperForward(whole).prepare(
-            q * 50, k, v, shape, 0.125 * LOG2_E, output_maker(q, 64, "bhld", True), True,
-            pick_hopper(whole, 4, 64))
-        out, _ = call(q * 50, k, v, {})
-        exact, _ = dense_attention((q * 50).double(), k.double(), v.double(),
-                                   dense(whole, shape, 1, 4, "cpu", {}))
-        torch.testing.assert_close(out.double(), exact, atol=2 * EPS, rtol=2 * EPS)
-        assert not flags[-1].any()
+    q, k, v, _ = draw((1, 4, 1), shape, 64, torch.float16)
+    q = q * 50
+    call = HopperForward(whole).prepare(q, k, v, shape, 0.125 * LOG2_E, output_maker(
+        q, 64, "bhld", True), True, pick_hopper(whole, 4, 64))
+    out, _ = call(q, k, v, {})
+    exact, _ = dense_attention(q.double(), k.double(), v.double(),
+                               dense(whole, shape, 1, 4, "cpu", {}))
+    torch.testing.assert_close(out.double(), exact, atol=2 * EPS, rtol=2 * EPS)
+    assert not flags[-1].any()

@@ -293,6 +293,9 @@ def test_rings_fit_shared_memory() -> None:
     """Every pair of head dimensions has a room; the best known is kept."""
     assert pick_room(128, 128) == (2, 128, 2, 3) and pick_room(64, 64) == (2, 128, 4, 4)
     assert pick_room(64, 64, rows=192) == (2, 128, 4, 4)
+    kinds = [simplify(Causal() & PerHead(heads)) for heads in ([Full(), TRIANGLE],
+                                                              [TRIANGLE, Full()])]
+    assert [pick_hopper(m, 2, 64).computing for m in (simplify(Causal()), *kinds)] == [3, 2, 2]
     assert pick_room(256, 256) == (1, 64, 2, 2) and pick_room(192, 128) == (1, 128, 2, 2)
     for dim in range(8, 257, 8):
         for value_dim in range(8, dim + 1, 8):
