@@ -88,9 +88,33 @@ def _emit(plan: Plan, bounds: tuple[str, ...], places: tuple[Place, Place],
     ends   names of an own tile's first and last row
     words  text of the mask of 32 places; () where pairs are tested one by one
     """
+    by_key = ends[0] == "k_first"
+    # every kernel has four first warps, which meet at a barrier before each copy: they load where
+    # a step takes two copies, and plan where it takes up to eight
+    first, last = (LOADER, PLANNER) if by_key else (PLANNER, LOADER)
+    return fill(read_template("hopper_backward"), {
+        "        # <FIRST_WARPS>\n": first, "        # <LAST_WARP>\n": last,
+        "<HEADER>\n": header_text(plan, "dK and dV, by key tile" if by_key else
+                                  "dQ, by query tile"),
+        **mask_pieces(plan, bounds, places, ends, order, words),
+        **letter_pieces(list(LETTER), state_names(places)),
+        "<CONSTANTS>": wrap([f"{name}: gl.constexpr" for name in CONSTANTS], 3, 12),
+        "<CONSTANT_NAMES>": wrap(list(CONSTANTS), 6, 20),
+    })
+
+
+def fill(template: str, pieces: dict[str, str]) -> str:
+    """Put the pieces in the places of their marks, in order: a piece may contain later marks."""
+    for mark, text in pieces.items():
+        template = template.replace(mark, text)
+    return template
+
+
+def mask_pieces(plan: Plan, bounds: tuple[str, ...], places: tuple[Place, Place],
+                ends: tuple[str, str], order: str, words: tuple[str, ...]) -> dict[str, str]:
+    """What the mask decides: which tiles an own tile meets and the mask of one; as `_emit`."""
     loose, full = places
     names = state_names(places)
-    letter = [*LETTER, *names]
     counts = [f"{place.name}_count{len(place.lines)}" if place.lines else "gl.to_tensor(0)"
               for place in places]
     by_key = ends[0] == "k_first"
@@ -99,12 +123,7 @@ def _emit(plan: Plan, bounds: tuple[str, ...], places: tuple[Place, Place],
              *(("nothing = gl.to_tensor(0)",) if names == ["nothing"] else ()),
              f"return {', '.join(counts)}, ({', '.join(names)},)")
     which = "last" if order.startswith("light") else "first"
-    # every kernel has four first warps, which meet at a barrier before each copy: they load where
-    # a step takes two copies, and plan where it takes up to eight
-    first, last = (LOADER, PLANNER) if by_key else (PLANNER, LOADER)
-    pieces = {
-        "        # <FIRST_WARPS>\n": first, "        # <LAST_WARP>\n": last,
-        "<HEADER>\n": header_text(plan, by_key),
+    return {
         "# <MASK_TILE>\n": mask_text(plan, words, by_key),
         "    # <BOUNDS>\n": indent(in_gluon(lines)),
         "    # <GRAIN_AT>\n": indent(in_gluon((f"return {loose.text}",))),
@@ -112,20 +131,21 @@ def _emit(plan: Plan, bounds: tuple[str, ...], places: tuple[Place, Place],
         "    # <TILE_ORDER>\n": indent((f"# the {which} tiles meet most rows: they start first",
                                        f"tile = {order}")),
         "    # <OWN_ROWS>\n": indent(OWN_ROWS[by_key]),
-        "    # <WRITE>\n": indent(tuple(f"text = gl.where(place == {i}, {name}, text)"
-                                        for i, name in enumerate(letter))),
-        "    # <READ>\n": indent((f"return ({words_of(0, len(LETTER))},",
-                                 f"        ({words_of(len(LETTER), len(letter))},))")),
-        "    # <STATE>\n": indent((f"{', '.join(names)}, = state",)),
         "<FIRST>": ends[0], "<LAST>": ends[1],
         "<OWN>": "k" if by_key else "p", "<OTHER>": "p" if by_key else "k",
-        "<CONSTANTS>": wrap([f"{name}: gl.constexpr" for name in CONSTANTS], 3, 12),
-        "<CONSTANT_NAMES>": wrap(list(CONSTANTS), 6, 20),
     }
-    template = read_template("hopper_backward")
-    for mark, text in pieces.items():
-        template = template.replace(mark, text)
-    return template
+
+
+def letter_pieces(letter: list[str], names: list[str]) -> dict[str, str]:
+    """How a letter is written and read: its numbers, then the mask's own."""
+    count = len(letter) + len(names)
+    return {
+        "    # <WRITE>\n": indent(tuple(f"text = gl.where(place == {i}, {name}, text)"
+                                        for i, name in enumerate([*letter, *names]))),
+        "    # <READ>\n": indent((f"return ({words_of(0, len(letter))},",
+                                 f"        ({words_of(len(letter), count)},))")),
+        "    # <STATE>\n": indent((f"{', '.join(names)}, = state",)),
+    }
 
 
 def words_of(first: int, last: int) -> str:
@@ -133,11 +153,10 @@ def words_of(first: int, last: int) -> str:
     return wrap([f"word_of(letter, {i})" for i in range(first, last)], 4, 12)
 
 
-def header_text(plan: Plan, by_key: bool) -> str:
-    """What the file is, for a reader who finds it in the cache."""
-    side = "dK and dV, by key tile" if by_key else "dQ, by query tile"
+def header_text(plan: Plan, what: str) -> str:
+    """What the file is, for a reader who finds it in the cache; what: it computes."""
     return (f"mask         {plan.mask!r}\n"
-            f"computes     {side}\n"
+            f"computes     {what}\n"
             f"by query     {count_text(plan.full)} FULL, {count_text(plan.masked)} masked\n")
 
 

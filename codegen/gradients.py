@@ -26,15 +26,18 @@ Tensor = torch.Tensor
 
 
 def prepare_gradients(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor, shape: Shape,
-                      scale: float, layout: str, with_lse: bool) -> Call:
+                      scale: float, layout: str, with_lse: bool, deterministic: bool) -> Call:
     """Like `TritonForward.prepare`, for calls that autograd records."""
-    call = prepare_backward(forward, q, k, v, shape, scale, layout)
+    call = prepare_backward(forward, q, k, v, shape, scale, layout, deterministic)
     return lambda q, k, v, data: call(q, k, v, data, with_lse)
 
 
 def prepare_backward(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor, shape: Shape,
-                     scale: float, layout: str) -> Backward:
-    """What the backward pass of calls that look like this one shares."""
+                     scale: float, layout: str, deterministic: bool) -> Backward:
+    """What the backward pass of calls that look like this one shares.
+
+    deterministic  the same bits every time, also where atomics are faster
+    """
     from maskdsl.codegen.hopper_backward import hopper_backward_of, refuse_call
 
     run = forward.prepare(q, k, v, shape, scale, layout, True)
@@ -43,7 +46,7 @@ def prepare_backward(forward: TritonForward, q: Tensor, k: Tensor, v: Tensor, sh
     kernels: TritonBackward | HopperBackward = \
         backward_of(forward.mask, forward.chosen, forward.scores) if refused else \
         hopper_backward_of(forward.mask, q.shape[1] // k.shape[1])
-    return Backward(kernels, run, shape, scale, layout == "blhd")
+    return Backward(kernels, run, shape, scale, layout == "blhd", deterministic)
 
 
 class Backward:
@@ -51,12 +54,14 @@ class Backward:
 
     forward  runs the call: (q, k, v, data) -> (output, lse)
     turned   tensors are [B, L, H, D]
+    deterministic  gradients are to be the same bits every time
     """
 
     def __init__(self, kernels: TritonBackward | HopperBackward, forward: Callable[..., Any],
-                 shape: Shape, scale: float, turned: bool) -> None:
+                 shape: Shape, scale: float, turned: bool, deterministic: bool = False) -> None:
         self.kernels, self.forward = kernels, forward
         self.shape, self.scale, self.turned = shape, scale, turned
+        self.deterministic = deterministic
         self.names = tuple(mod.name for mod in kernels.scores if mod.name)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, data: dict[str, Any],

@@ -22,6 +22,7 @@ from maskdsl.codegen.hopper_backward_cut import (
 )
 from maskdsl.codegen.hopper_backward_kernels import sum_parts, sum_products
 from maskdsl.codegen.hopper_cut import GRAIN, ROWS, Schedule
+from maskdsl.codegen.hopper_onepass import OnePassKernel, pays
 from maskdsl.codegen.kernel import (
     LEAST_SCALE,
     LOG2_E,
@@ -62,6 +63,7 @@ class HopperBackward:
     def __init__(self, mask: Mask, share: int) -> None:
         self.by_query = SideKernel(QuerySide(mask, share))
         self.by_key = SideKernel(KeySide(mask, share))
+        self.one_pass = OnePassKernel(mask)
 
     def run(self, call: Backward, tensors: tuple[Tensor, ...], grad_out: Tensor,
             grad_lse: Tensor | None, wanted: tuple[bool, bool], data: dict[str, Any],
@@ -81,11 +83,21 @@ class HopperBackward:
         dq = empty_rows(q) if wanted[0] else None
         dk, dv = (empty_rows(k), empty_rows(v)) if wanted[1] else (None, None)
         numbers = lse, delta
+        if dq is not None and dk is not None and dv is not None and not (
+                call.deterministic or torch.are_deterministic_algorithms_enabled()) and \
+                self.pays(call.shape, q, k):
+            self.one_pass(call, (k, v, q, grad_out, dq, dk, dv), numbers)
+            return dq, dk, dv
         if dq is not None:
             self.by_query(call, (q, grad_out), (k, v), (dq,), numbers)
         if dk is not None and dv is not None:
             self.by_key(call, (k, v), (q, grad_out), (dk, dv), numbers)
         return dq, dk, dv
+
+    def pays(self, shape: Shape, q: Tensor, k: Tensor) -> bool:
+        """Whether such a call is computed in one pass, where it need not be deterministic."""
+        return pays(self.one_pass.side, shape, k.shape[0] * k.shape[1], q.shape[1] // k.shape[1],
+                    q.shape[3], torch.cuda.get_device_properties(q.device).multi_processor_count)
 
 
 class SideKernel:

@@ -177,11 +177,17 @@ def plan_by_key(mask: Mask, span: int) -> KeyPlan:
 def count_places(plan: Plan | KeyPlan, values: dict[str, Any], own: str,
                  tile: int) -> tuple[Any, Any]:
     """(masked, FULL) steps; an own tile without either takes one masked step, all dead."""
+    loose, full = count_tiles(plan, values, own)
+    masked, full = -(-loose // tile), full // tile
+    return np.where(masked + full == 0, 1, masked), full
+
+
+def count_tiles(plan: Plan | KeyPlan, values: dict[str, Any], own: str) -> tuple[Any, Any]:
+    """(loose, FULL) grains or tiles of every own tile."""
     like = np.zeros(len(values[own]), dtype=np.int64)
     loose, full = (sum((eval(s.stop, values) - eval(s.start, values) for s in which), like)
                    for which in (plan.masked, plan.full))
-    masked, full = -(-loose // tile), full // tile
-    return np.where(masked + full == 0, 1, masked), full
+    return loose, full
 
 
 def cut_call(side: Side, shape: Shape, groups: int, section: int, processors: int,

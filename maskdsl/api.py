@@ -50,7 +50,7 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
             layout: str = "bhld", scale: float | None = None,
             tile: tuple[int, int] | None = None,
             scores: ScoreMod | Iterable[ScoreMod] | None = None,
-            autotune: bool = False, backward: bool = True) -> Attention:
+            autotune: bool = False, backward: bool | str = True) -> Attention:
     """A callable that computes attention under `mask`, specialised for it.
 
     mask     the allowed (query, key) pairs
@@ -72,8 +72,10 @@ def compile(mask: Mask, *, causal: bool = True, backend: str | None = None,
     scores   score modifiers, applied in order: `Softcap`, `ALiBi`, `Bias`, `RelativePosition`,
              `SinkLogits`; the data of those that take some is given at the call, by name
     backward True (default): kernels compute the gradients of q, k, v and the data of score
-             modifiers, the same bits every time. False: an input that requires a gradient is a
-             GradientError. The torch backend is always differentiable, twice as well.
+             modifiers: the same bits every time, unless a nearly dense mask is faster with
+             atomics (Hopper). "deterministic", or `torch.use_deterministic_algorithms`: always.
+             False: an input that requires a gradient is a GradientError. The torch backend is
+             always differentiable, twice as well.
 
     Errors: MaskTypeError, ScoreModError, BackendError, LayoutError, ScaleError, ResourceError.
     """
@@ -103,7 +105,7 @@ class Attention:
     def __init__(self, mask: Mask, backend: str, layout: str, scale: float | None,
                  tile: tuple[int, int] | None, slots: tuple[SlotMask, ...] = (),
                  scores: tuple[ScoreMod, ...] = (), *, strict: bool = True,
-                 autotune: bool = False, backward: bool = True) -> None:
+                 autotune: bool = False, backward: bool | str = True) -> None:
         self.mask = mask
         self.backward = backward
         self.slots = slots  # as the user wrote them: simplification may drop one
@@ -265,7 +267,8 @@ class Attention:
             from maskdsl.codegen.gradients import prepare_gradients
 
             forward: Any = self._forward
-            return prepare_gradients(forward, q, k, v, shape, number, self.layout, return_lse)
+            return prepare_gradients(forward, q, k, v, shape, number, self.layout, return_lse,
+                                     self.backward == "deterministic")
         if self._autotuned is not None:
             return self._autotuned.prepare(q, k, v, shape, number, self.layout, return_lse, data)
         return self._forward.prepare(q, k, v, shape, number, self.layout, return_lse)
@@ -303,7 +306,8 @@ class Attention:
         q, k, v = tensors[:3]
         views, shape, number, _ = self._check(q, k, v, *numbers, slots)
         forward: Any = self._forward
-        call = prepare_backward(forward, *views, shape, number, self.layout)
+        call = prepare_backward(forward, *views, shape, number, self.layout,
+                                self.backward == "deterministic")
         names = frozenset(wanted - set("qkv"))
         found = call.gradients(tensors, grad_out, grad_lse, ("q" in wanted, bool(wanted & {"k",
                                "v"})), self._data_of(slots), names)

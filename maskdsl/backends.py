@@ -35,9 +35,9 @@ def pick_backend(backend: str | None, mask: Mask, tile: object = None,
 
 def check_backward(backward: object) -> None:
     """A GradientError for what says neither that gradients are wanted nor that they are not."""
-    if backward not in (True, False):
+    if backward not in (True, False, "deterministic"):
         raise GradientError(f"backward={backward!r}", "no such backward pass",
-                            "backward=True or backward=False")
+                            "backward=True, backward='deterministic' or backward=False")
 
 
 def tell_refusal(forward: TritonForward | TorchForward, tensors: tuple[torch.Tensor, ...],

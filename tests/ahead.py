@@ -250,6 +250,17 @@ def compile_hopper_backward(mask: Mask, dtype: torch.dtype, head_dim: int, share
     return compile_gluon(kernel, dtype, boxes, constants_of(side, head_dim))
 
 
+def compile_one_pass(mask: Mask, dtype: torch.dtype) -> tuple[Compiled, list[list[str]]]:
+    """Compile the one-pass Hopper backward."""
+    from maskdsl.codegen.hopper_onepass import OnePass, blocks_of, kernel_of
+
+    side = OnePass(simplify(mask))
+    kernel = kernel_of(side)
+    boxes = dict(zip((name for name in kernel.arg_names if name.endswith("desc")),
+                     blocks_of(), strict=True))
+    return compile_gluon(kernel, dtype, boxes, side.constants, frozenset({"counters"}))
+
+
 def compile_gluon(forward: Any, dtype: torch.dtype, blocks: dict[str, tuple[int, ...]],
                   constants: dict[str, Any],
                   pointers: AbstractSet[str] = frozenset()) -> tuple[Compiled, list[list[str]]]:

@@ -134,12 +134,15 @@ def wait_named(machine: Machine, kind: str, name: str, threads: str) -> None:
     state = group.program.named.setdefault(name, [0, 0])  # threads there, rounds completed
     machine.pause()
     round_now = state[1]
+    stores = group.program.stores_before.setdefault((name, round_now), [])
+    stores += group.unfenced
     state[0] += 32 * group.warps
     assert state[0] <= int(threads), f"barrier {name} has more threads than it waits for"
     if state[0] == int(threads):
         state[0], state[1] = 0, state[1] + 1
     if kind == "sync":
         machine.pause(lambda: state[1] > round_now, f"barrier {name}; {line_of()}")
+        group.seen += stores
 
 
 def specialize(holder: Holder) -> Callable[..., None]:
@@ -256,7 +259,12 @@ def a_shape(x: Any) -> list[int]:
 
 def fence(holder: Holder) -> Callable[[], None]:
     def run() -> None:
-        holder.machine.me().unfenced.clear()
+        me = holder.machine.me()
+        me.unfenced.clear()
+        # a fence may also stand behind the barrier, with the group that reads
+        for group in holder.machine.groups:
+            group.unfenced[:] = [store for store in group.unfenced if store not in me.seen]
+        me.seen.clear()
     return run
 
 
@@ -285,7 +293,7 @@ def names_for() -> dict[str, Any]:
         expand_dims=lambda x, axis: Tensor(np.expand_dims(x.data, axis), x.dtype,
                                            getattr(x.layout, "parent", None)),
         convert_layout=convert, cast=lambda x, dtype: lift(x).to(dtype),
-        associative_scan=scan, load=lambda p, mask=True, other=0: p.load(mask, other), store=store,
+        associative_scan=scan, load=lambda p, mask=True, other=0, cache_modifier="": p.load(mask, other), store=store,
         atomic_add=atomic_add(holder), inline_asm_elementwise=assembler(holder),
         allocate_shared_memory=lambda dtype, shape, layout: program().allocate(
             dtype, shape, layout),
@@ -316,6 +324,6 @@ def store(pointer: Pointer, value: Any, mask: Any = True) -> None:
 
 def atomic_add(holder: Holder) -> Callable[..., Tensor]:
     def run(pointer: Pointer, value: Any, mask: Any = True, sem: str = "") -> Tensor:
-        holder.machine.pause()
+        holder.machine.pause(idle=sem == "acquire")
         return pointer.add(value, mask)
     return run

@@ -29,6 +29,7 @@ from gluon_tensors import (
 )
 
 SHARED_BYTES = 232448
+IDLE_TURNS = 1000  # more looks at counters, by everyone, than any that find something
 
 
 class Deadlock(Exception):
@@ -37,6 +38,13 @@ class Deadlock(Exception):
 
 class Stopped(BaseException):
     """Another warp group failed."""
+
+
+class Store:
+    """Bytes that a thread has stored in shared memory."""
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start, self.end = start, end
 
 
 class Group:
@@ -49,8 +57,9 @@ class Group:
         self.waits_for = ""
         self.products: list[Product] = []
         self.stores: list[Callable[[], None]] = []
-        self.unfenced: list[tuple[int, int]] = []
-        self.ended = False
+        self.unfenced: list[Store] = []
+        self.seen: list[Store] = []  # stores of others, before a barrier at which it waited
+        self.ended = self.idle = False
 
 
 class Product(Tensor):
@@ -103,6 +112,7 @@ class Program:
         self.memory = np.full(SHARED_BYTES, 0xFF, np.uint8)  # NaN in every float type
         self.barriers: dict[int, Barrier] = {}
         self.named: dict[str, list[int]] = {}
+        self.stores_before: dict[tuple[str, int], list[Store]] = {}  # of a named barrier's round
 
     def view(self, dtype: Any) -> Any:
         kind = {real.bfloat16: np.uint16, real.float16: np.float16, real.float32: np.float32,
@@ -118,14 +128,15 @@ class Program:
         return made
 
     def unfenced(self, start: int, end: int) -> None:
-        self.machine.me().unfenced.append((start, end))
+        self.machine.me().unfenced.append(Store(start, end))
 
     def check_fenced(self, piece: Shared) -> None:
         """What threads stored must be fenced before the copy engine or a product reads it."""
         for group in self.machine.groups:
             if group.program is self:
-                for start, end in group.unfenced:
-                    assert end <= piece.base or start >= piece.base + piece.nbytes, \
+                for store in group.unfenced:
+                    assert store.end <= piece.base or \
+                        store.start >= piece.base + piece.nbytes, \
                         f"{group.name}'s stores are read without a fence"
 
 
@@ -136,6 +147,7 @@ class Machine:
         self.chance = random.Random(seed)
         # how soon copies and products are carried out: at once, now and then, or when all wait
         self.eager = [1.0, 0.3, 0.0][seed % 3]
+        self.idle_turns = 0  # in which nobody did anything but look
         self.groups: list[Group] = []
         self.copies: list[Callable[[], None]] = []
         self.local = threading.local()
@@ -179,10 +191,11 @@ class Machine:
         assert not group.products, f"{group.name} ends with products in flight"
         assert not group.stores, f"{group.name} ends with copies to global memory in flight"
 
-    def pause(self, ready: Callable[[], bool] = lambda: True, what: str = "") -> None:
-        """Let others go on; return when `ready`."""
+    def pause(self, ready: Callable[[], bool] = lambda: True, what: str = "",
+              idle: bool = False) -> None:
+        """Let others go on; return when `ready`; idle: it only looks whether it can go on."""
         group = self.me()
-        group.ready, group.waits_for = ready, what
+        group.ready, group.waits_for, group.idle = ready, what, idle
         if self.pass_on(group):
             return
         group.turn.acquire()
@@ -196,8 +209,13 @@ class Machine:
                 return self.stop_all(me)
             ready = [g for g in self.groups if not g.ended and g.ready()]
             waiting = len(self.copies) + sum(bool(g.products) for g in self.groups)
-            if waiting and (not ready or self.chance.random() < self.eager):
+            busy = any(not g.idle for g in ready)
+            if waiting and (not busy or self.chance.random() < self.eager):
                 self.carry_out_one()
+                continue
+            self.idle_turns = 0 if busy else self.idle_turns + 1
+            if self.idle_turns > IDLE_TURNS:
+                self.failure = Deadlock("all that go on wait for a counter")
                 continue
             if ready:
                 chosen = self.chance.choice(ready)

@@ -57,6 +57,9 @@ class Tensor:
     def reshape(self, shape: Any) -> Tensor:
         return Tensor(self.data.reshape([int(n) for n in shape]), self.dtype)
 
+    def permute(self, order: Any) -> Tensor:
+        return Tensor(np.transpose(self.data, order), self.dtype)
+
     def trans(self) -> Tensor:
         return Tensor(self.data.T, self.dtype)
 

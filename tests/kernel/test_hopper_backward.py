@@ -196,7 +196,7 @@ def test_it_is_the_default_where_it_takes_a_call(monkeypatch: pytest.MonkeyPatch
         forward = TritonForward(simplify(mask), **{"hopper": True, "must": must, **options})
         q = torch.zeros(1, 64, 4, dim, dtype=torch.float16).transpose(1, 2)
         k = torch.zeros(1, 64, 2, dim, dtype=torch.float16).transpose(1, 2)
-        return prepare_backward(forward, q, k, k, shape, scale, layout).kernels
+        return prepare_backward(forward, q, k, k, shape, scale, layout, False).kernels
 
     made = chosen(Causal() & Window(9))
     assert isinstance(made, hopper_backward.HopperBackward) and made.by_key.side.share == 2

@@ -32,7 +32,7 @@ from maskdsl import (
     dense,
     simplify,
 )
-from maskdsl.codegen import hopper, hopper_backward
+from maskdsl.codegen import hopper, hopper_backward, hopper_onepass
 from maskdsl.codegen.hopper import HopperForward
 from maskdsl.codegen.hopper_cut import pick_hopper, refuse_dims, refuse_mask
 from maskdsl.codegen.kernel import LOG2_E, output_maker
@@ -60,6 +60,8 @@ def on_machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(hopper, "load_module", lambda source: SimpleNamespace(
         forward=load(source, "forward", state.seed)))
     monkeypatch.setattr(hopper_backward, "kernel_of",
+                        lambda side: load(side.source, "gradients", state.seed))
+    monkeypatch.setattr(hopper_onepass, "kernel_of",
                         lambda side: load(side.source, "gradients", state.seed))
     for module in (hopper, hopper_backward):
         monkeypatch.setattr(module, "queue",
@@ -102,7 +104,8 @@ def check_forward(mask: Mask, shape: Shape, sizes: tuple[int, int, int] = (1, 4,
 
 
 def check_backward(mask: Mask, shape: Shape, sizes: tuple[int, int, int] = (1, 4, 1),
-                   dim: int = 64, dtype: torch.dtype = torch.float16) -> None:
+                   dim: int = 64, dtype: torch.dtype = torch.float16,
+                   deterministic: bool = True) -> None:
     """Gradients of output and lse against float64 autograd."""
     whole = simplify(mask)
     q, k, v, grad = draw(sizes, shape, dim, dtype)
@@ -114,7 +117,7 @@ def check_backward(mask: Mask, shape: Shape, sizes: tuple[int, int, int] = (1, 4
         (torch.where(lse == -torch.inf, 0.0, lse) * grad_lse.double()).sum()
     expected = [t.nan_to_num() for t in torch.autograd.grad(seen, exact)]
     kernels = hopper_backward.HopperBackward(whole, sizes[1] // sizes[2])
-    call: Any = SimpleNamespace(shape=shape, scale=dim**-0.5)
+    call: Any = SimpleNamespace(shape=shape, scale=dim**-0.5, deterministic=deterministic)
     found = kernels.run(call, (q, k, v, out.detach().to(dtype), lse.detach().float()), grad,
                         grad_lse, (True, True), {}, frozenset())
     eps = torch.finfo(dtype).eps
