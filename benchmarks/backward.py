@@ -23,6 +23,7 @@ from benchmarks.peer_flex import mask_mod
 from benchmarks.peers import turn
 
 LENGTH, LONG = 32768, 131072
+DETERMINISTIC = "maskdsl, Hopper, deterministic"
 PATTERNS = (TRIANGLES[1], TRIANGLES[0], Pattern(window=1024), Pattern())
 WRONG = 0.02  # relative difference of a gradient, bfloat16
 Run = Callable[..., torch.Tensor]
@@ -93,9 +94,9 @@ def is_installed(module: str) -> bool:
         return False
 
 
-def hopper_call(pattern: Pattern) -> Run:
+def hopper_call(pattern: Pattern, backward: bool | str = True) -> Run:
     """The Hopper backward, which must take the call."""
-    attn: Any = maskdsl.compile(pattern.mask, backend="hopper")
+    attn: Any = maskdsl.compile(pattern.mask, backend="hopper", backward=backward)
 
     def call(*leaves: torch.Tensor) -> torch.Tensor:
         refused = attn.refusal(*leaves, backward=True)
@@ -116,6 +117,8 @@ def kernels_of(pattern: Pattern, length: int, dim: int = DIM) -> dict[str, Calla
     }
     if dim != DIM:
         return found
+    if pattern.window is None:
+        found[DETERMINISTIC] = lambda: hopper_call(pattern, "deterministic")
     if is_installed("cudnn.flex_attention"):
         found["cuDNN flex_attention"] = lambda: cudnn_call(pattern, length)
     if pattern.window is None:
@@ -148,7 +151,8 @@ def run(report: Report) -> None:
         for pattern in PATTERNS:
             measure_all(report, pattern, dim)
     if torch.cuda.is_available():
-        measure_memory(report)
+        measure_memory(report, TRIANGLES[0], LONG, ("maskdsl, portable", "maskdsl, Hopper"))
+        measure_memory(report, Pattern(), LENGTH, ("maskdsl, Hopper", DETERMINISTIC))
 
 
 def measure_all(report: Report, pattern: Pattern, dim: int) -> None:
@@ -177,13 +181,12 @@ def measure_all(report: Report, pattern: Pattern, dim: int) -> None:
                    ms_over_portable=times["ms"] / ours, gap_to_portable=gap)
 
 
-def measure_memory(report: Report) -> None:
-    """One training step of a layer at 128K: the most memory beyond inputs, output and gradients."""
-    pattern = TRIANGLES[0]
-    leaves = tuple(t.requires_grad_() for t in make_inputs(LONG))
+def measure_memory(report: Report, pattern: Pattern, length: int, names: tuple[str, ...]) -> None:
+    """One training step of a layer: the most memory beyond inputs, output and gradients."""
+    leaves = tuple(t.requires_grad_() for t in make_inputs(length))
     grad = torch.randn_like(leaves[0])
-    for name in ("maskdsl, portable", "maskdsl, Hopper"):
-        call = kernels_of(pattern, LONG)[name]()
+    for name in names:
+        call = kernels_of(pattern, length)[name]()
 
         def step(call: Run = call) -> tuple[torch.Tensor, ...]:
             return torch.autograd.grad(call(*leaves), leaves, grad)
@@ -194,6 +197,6 @@ def measure_memory(report: Report) -> None:
         step()
         kept = leaves[0].nbytes + sum(t.nbytes for t in leaves)  # the output, the gradients
         extra = torch.cuda.max_memory_allocated() - before - kept
-        report.add(mask=pattern.key, length=LONG, dim=DIM, kernel=name, with_forward_ms=ms,
+        report.add(mask=pattern.key, length=length, dim=DIM, kernel=name, with_forward_ms=ms,
                    mib_beyond_output_and_gradients=extra / 2**20,
-                   mib_of_lse_and_delta=2 * 4 * HEADS * LONG / 2**20)
+                   mib_of_lse_and_delta=2 * 4 * HEADS * length / 2**20)

@@ -88,7 +88,7 @@ def test_crowded(crowded: Any, seed: int) -> None:
 
 @pytest.mark.parametrize("change", [
     # the last item not counted while its program waits for a letter
-    {"            if behind > 0:\n                # a": "            if False:\n                # a",
+    {"            if behind > 0:\n": "            if False:\n",
      "            tile = gl.where(is_keys, tile, place)\n":
          "            if is_keys & (unit >= ring):\n"
          "                wait_count(rounded_ptr + (unit - ring), 2 * chunks)\n"
@@ -110,7 +110,7 @@ def test_faults_among_programs_show(crowded: Any, change: dict[str, str]) -> Non
 
 @pytest.mark.parametrize("change", [
     # dS that is not there yet, or written over before it is read
-    {"                await_other(tick ^ 1, WARP_GROUP)\n                fence": "                fence",
+    {f"{' ' * 16}await_other(tick ^ 1, WARP_GROUP)\n": "",
      "                leave(tick, WARP_GROUP)\n": ""},
     # keys handed back before the last product has read them
     {"            # dQ of the last step\n": f"            {HAND_BACK}\n",
