@@ -293,7 +293,8 @@ def names_for() -> dict[str, Any]:
         expand_dims=lambda x, axis: Tensor(np.expand_dims(x.data, axis), x.dtype,
                                            getattr(x.layout, "parent", None)),
         convert_layout=convert, cast=lambda x, dtype: lift(x).to(dtype),
-        associative_scan=scan, load=lambda p, mask=True, other=0, cache_modifier="": p.load(mask, other), store=store,
+        associative_scan=scan, store=store,
+        load=lambda p, mask=True, other=0, cache_modifier="": p.load(mask, other),
         atomic_add=atomic_add(holder), inline_asm_elementwise=assembler(holder),
         allocate_shared_memory=lambda dtype, shape, layout: program().allocate(
             dtype, shape, layout),

@@ -1,4 +1,4 @@
-"""The one-pass Hopper backward, run whole on the CPU: numbers, races, deadlocks; who takes a call."""
+"""The one-pass Hopper backward, run whole on the CPU: numbers, races, deadlocks."""
 
 from __future__ import annotations
 
