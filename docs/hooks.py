@@ -145,7 +145,7 @@ PICTURES: dict[str, Callable[[], str]] = {
         "compare_h200", "ms", "milliseconds, logarithmic", call_size,
         lambda row: str(row["kernel"]), True),
     "perf_backward.svg": lambda: draw_bars(
-        "backward", "ms", "milliseconds, logarithmic",
+        "backward_h200", "ms", "milliseconds, logarithmic",
         lambda row: f"{row['mask']}, D = {row['dim']}:", lambda row: str(row["kernel"]), True),
     "perf_coverage.svg": lambda: draw_bars(
         "coverage", "portable_over_hopper", "time of the portable over that of the Hopper kernel",
