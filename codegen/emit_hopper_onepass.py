@@ -32,17 +32,13 @@ CONSUMER = """\
 """
 
 
-def emit_one_pass(by_key: KeyPlan, last_first: bool) -> str:
-    """The file; `by_key` walks tiles of 64 positions of one head.
-
-    last_first  whether the last keys of a segment are seen most
-    """
-    order = "light - 1 - place" if last_first else "place"
+def emit_one_pass(by_key: KeyPlan) -> str:
+    """The file; `by_key` walks tiles of 64 positions of one head."""
     places = places_by_key(by_key)
     return fill(read_template("hopper_onepass"), {
         "        # <CONSUMERS>\n": CONSUMER.format(group=0) + CONSUMER.format(group=1),
         "<HEADER>\n": header_text(by_key.plan, "dQ, dK and dV"),
-        **mask_pieces(by_key.plan, by_key.bounds, places, ("k_first", "k_last"), order,
+        **mask_pieces(by_key.plan, by_key.bounds, places, ("k_first", "k_last"), "place",
                       words_by_key(by_key.plan)),
         **letter_pieces(list(LETTER), state_names(places)),
         "<LETTER>": wrap(list(LETTER), 6, 10),

@@ -48,7 +48,7 @@ class OnePass:
     @cached_property
     def source(self) -> str:
         """The kernel file."""
-        return emit_one_pass(self.by_key, False)
+        return emit_one_pass(self.by_key)
 
     def count_live(self, shape: Shape) -> int:
         """Tiles of 128 keys that any query of a call sees."""
@@ -79,12 +79,11 @@ def blocks_of() -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sizes of what the launches of one call shape need beside their tensors.
+    """How a call is cut, and sizes of what its launches need beside their tensors.
 
-    heads     key/value heads, of all batch entries
-    tiles     of 128 keys; segments: of `span` positions
-    queries, keys  float32 sums of dQ, and of dK and dV
-    counters  int32
+    heads  key/value heads, of all batch entries; share: query heads of each
+    tiles  of 128 keys; segments: of `span` positions
+    delay  units (a segment of a head) after which dQ is rounded
     """
 
     heads: int
