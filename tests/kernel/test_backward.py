@@ -34,6 +34,7 @@ from maskdsl import (
     Where,
     Window,
 )
+from maskdsl.codegen.backward import TritonBackward
 from maskdsl.codegen.kernel import interpreting
 from maskdsl.errors import GradientError
 
@@ -135,6 +136,24 @@ def test_the_same_bits_every_time() -> None:
     attn = maskdsl.compile(TRIANGLE, **OPTIONS)
     for a, b in zip(gradients(attn, tensors), gradients(attn, tensors), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backward", [True, "deterministic"])
+def test_the_kernels_know_whether_bits_must_be_the_same(
+        monkeypatch: pytest.MonkeyPatch, backward: bool | str) -> None:
+    """Called eagerly, and as the operator of a graph calls them."""
+    asked: list[bool] = []
+    run = TritonBackward.run
+    monkeypatch.setattr(TritonBackward, "run",
+                        lambda *a: (asked.append(a[1].deterministic), run(*a))[1])
+    tensors = make_inputs(Case(TRIANGLE, 30, 30, 1, 4, 1, 16), "cpu")
+    attn = maskdsl.compile(TRIANGLE, **OPTIONS, backward=backward)
+    found = gradients(attn, tensors)
+    out, lse = attn(*(t.detach() for t in tensors), return_lse=True)
+    again = attn.kernel_gradients((*tensors, out, lse), torch.ones_like(out), None,
+                                  (None, None, None), {}, {"q", "k", "v"})
+    assert asked == [backward == "deterministic"] * 2
+    assert set(again) == {"q", "k", "v"} and len(found) == 3
 
 
 def test_only_what_is_asked_for() -> None:
