@@ -18,6 +18,7 @@ from maskdsl.codegen.build import load_module
 from maskdsl.codegen.emit import emit_lister, merge_lists
 from maskdsl.codegen.emit_backward import emit_backward
 from maskdsl.codegen.emit_rows import emit_row_lister, lists_rows
+from maskdsl.codegen.kept import remember
 from maskdsl.codegen.kernel import Variant
 from maskdsl.codegen.lists import group_heads, sort_atoms
 from maskdsl.codegen.plan import Plan
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from maskdsl.codegen.gradients import Backward
 
 Tensor = torch.Tensor
-CUTS_KEPT = 256  # shapes of which cut tiles are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +68,9 @@ class GradientKernels:
         heads      query heads, key/value heads
         row_bytes  bytes of the float32 sums of a query row and of a key
         """
-        key = (shape, batch, heads, processors, row_bytes)
-        if key not in self.cuts:
-            if len(self.cuts) >= CUTS_KEPT:
-                self.cuts.clear()
-            self.cuts[key] = find_cuts(self.query.plans, self.by_key, self.heads, (
-                shape, batch, *heads, processors), row_bytes)
-        return self.cuts[key]
+        return remember(self.cuts, (shape, batch, heads, processors, row_bytes), lambda: find_cuts(
+            self.query.plans, self.by_key, self.heads, (shape, batch, *heads, processors),
+            row_bytes))
 
 
 class TritonBackward:

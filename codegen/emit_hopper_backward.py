@@ -11,7 +11,14 @@ positions: the 64 passing rows are `SPAN` positions of `64 // SPAN` query heads.
 from __future__ import annotations
 
 from maskdsl.codegen.emit import count_text, read_template
-from maskdsl.codegen.emit_hopper import INTERVAL, Place, in_gluon, place_text, wrap
+from maskdsl.codegen.emit_hopper import (
+    INTERVAL,
+    Place,
+    fill_template,
+    in_gluon,
+    place_text,
+    wrap,
+)
 from maskdsl.codegen.emit_walk import indent
 from maskdsl.codegen.plan import Plan
 from maskdsl.codegen.row_bounds import KeyPlan, is_invertible, row_range
@@ -92,26 +99,22 @@ def _emit(plan: Plan, bounds: tuple[str, ...], places: tuple[Place, Place],
     # every kernel has four first warps, which meet at a barrier before each copy: they load where
     # a step takes two copies, and plan where it takes up to eight
     first, last = (LOADER, PLANNER) if by_key else (PLANNER, LOADER)
-    return fill(read_template("hopper_backward"), {
+    which = "last" if order.startswith("light") else "first"
+    return fill_template(read_template("hopper_backward"), {
         "        # <FIRST_WARPS>\n": first, "        # <LAST_WARP>\n": last,
         "<HEADER>\n": header_text(plan, "dK and dV, by key tile" if by_key else
                                   "dQ, by query tile"),
-        **mask_pieces(plan, bounds, places, ends, order, words),
+        "    # <TILE_ORDER>\n": indent((f"# the {which} tiles meet most rows: they start first",
+                                       f"tile = {order}")),
+        **mask_pieces(plan, bounds, places, ends, words),
         **letter_pieces(list(LETTER), state_names(places)),
         "<CONSTANTS>": wrap([f"{name}: gl.constexpr" for name in CONSTANTS], 3, 12),
         "<CONSTANT_NAMES>": wrap(list(CONSTANTS), 6, 20),
     })
 
 
-def fill(template: str, pieces: dict[str, str]) -> str:
-    """Put the pieces in the places of their marks, in order: a piece may contain later marks."""
-    for mark, text in pieces.items():
-        template = template.replace(mark, text)
-    return template
-
-
 def mask_pieces(plan: Plan, bounds: tuple[str, ...], places: tuple[Place, Place],
-                ends: tuple[str, str], order: str, words: tuple[str, ...]) -> dict[str, str]:
+                ends: tuple[str, str], words: tuple[str, ...]) -> dict[str, str]:
     """What the mask decides: which tiles an own tile meets and the mask of one; as `_emit`."""
     loose, full = places
     names = state_names(places)
@@ -122,14 +125,11 @@ def mask_pieces(plan: Plan, bounds: tuple[str, ...], places: tuple[Place, Place]
              *loose.lines, *full.lines,
              *(("nothing = gl.to_tensor(0)",) if names == ["nothing"] else ()),
              f"return {', '.join(counts)}, ({', '.join(names)},)")
-    which = "last" if order.startswith("light") else "first"
     return {
         "# <MASK_TILE>\n": mask_text(plan, words, by_key),
         "    # <BOUNDS>\n": indent(in_gluon(lines)),
         "    # <GRAIN_AT>\n": indent(in_gluon((f"return {loose.text}",))),
         "    # <FULL_AT>\n": indent(in_gluon((f"return {full.text}",))),
-        "    # <TILE_ORDER>\n": indent((f"# the {which} tiles meet most rows: they start first",
-                                       f"tile = {order}")),
         "    # <OWN_ROWS>\n": indent(OWN_ROWS[by_key]),
         "<FIRST>": ends[0], "<LAST>": ends[1],
         "<OWN>": "k" if by_key else "p", "<OTHER>": "p" if by_key else "k",

@@ -6,10 +6,9 @@ The mask's own text is that of the key side of the two kernels (`emit_hopper_bac
 from __future__ import annotations
 
 from maskdsl.codegen.emit import read_template
-from maskdsl.codegen.emit_hopper import wrap
+from maskdsl.codegen.emit_hopper import fill_template, wrap
 from maskdsl.codegen.emit_hopper_backward import (
     LETTER_SIZE,
-    fill,
     header_text,
     letter_pieces,
     mask_pieces,
@@ -35,10 +34,10 @@ CONSUMER = """\
 def emit_one_pass(by_key: KeyPlan) -> str:
     """The file; `by_key` walks tiles of 64 positions of one head."""
     places = places_by_key(by_key)
-    return fill(read_template("hopper_onepass"), {
+    return fill_template(read_template("hopper_onepass"), {
         "        # <CONSUMERS>\n": CONSUMER.format(group=0) + CONSUMER.format(group=1),
         "<HEADER>\n": header_text(by_key.plan, "dQ, dK and dV"),
-        **mask_pieces(by_key.plan, by_key.bounds, places, ("k_first", "k_last"), "place",
+        **mask_pieces(by_key.plan, by_key.bounds, places, ("k_first", "k_last"),
                       words_by_key(by_key.plan)),
         **letter_pieces(list(LETTER), state_names(places)),
         "<LETTER>": wrap(list(LETTER), 6, 10),

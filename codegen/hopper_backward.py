@@ -22,7 +22,13 @@ from maskdsl.codegen.hopper_backward_cut import (
 )
 from maskdsl.codegen.hopper_backward_kernels import sum_parts, sum_products
 from maskdsl.codegen.hopper_cut import GRAIN, ROWS, Schedule
-from maskdsl.codegen.hopper_onepass import OnePassKernel, pays
+from maskdsl.codegen.hopper_onepass import (
+    OnePassKernel,
+    count_processors,
+    looks_of,
+    pays,
+)
+from maskdsl.codegen.kept import remember
 from maskdsl.codegen.kernel import (
     LEAST_SCALE,
     LOG2_E,
@@ -44,7 +50,6 @@ SLOTS = {64: 4, 128: 3}  # passing tiles in flight, by head dimension: what shar
 REGISTERS = {(True, 128): 232, (True, 64): 200, (False, 128): 216, (False, 64): 200}  # of a
 # computing thread, by side (keys?) and head dimension: what ptxas needs to spill nothing in loops
 HALF = 64  # own rows of a computing warp group
-LAUNCHES_KEPT = 256  # kinds of tensors of which launches are kept
 SUM_ROWS = 32  # rows a program of the small kernels
 
 
@@ -97,7 +102,7 @@ class HopperBackward:
     def pays(self, shape: Shape, q: Tensor, k: Tensor) -> bool:
         """Whether such a call is computed in one pass, where it need not be deterministic."""
         return pays(self.one_pass.side, shape, k.shape[0] * k.shape[1], q.shape[1] // k.shape[1],
-                    q.shape[3], torch.cuda.get_device_properties(q.device).multi_processor_count)
+                    q.shape[3], count_processors(q.device))
 
 
 class SideKernel:
@@ -110,16 +115,10 @@ class SideKernel:
     def __call__(self, call: Backward, own: tuple[Tensor, Tensor], passing: tuple[Tensor, Tensor],
                  results: tuple[Tensor, ...], numbers: tuple[Tensor, Tensor]) -> None:
         """Compute the gradients of one side; numbers: lse and delta, float32 [B, Hq, Lq]."""
-        tensors = (*own, *passing, *results)
-        key = (call.shape, call.scale, own[0].dtype, own[0].device,
-               *((t.shape, t.stride()) for t in tensors))
-        made = self.launches.get(key)
-        if made is None:
-            if len(self.launches) >= LAUNCHES_KEPT:
-                self.launches.clear()
-            made = self.launches[key] = plan_launch(
-                self.side, call.shape, call.scale, own, passing, results,
-                torch.cuda.get_device_properties(own[0].device).multi_processor_count)
+        looks = looks_of(call, (*own, *passing, *results))
+        made = remember(self.launches, looks, lambda: plan_launch(
+            self.side, call.shape, call.scale, own, passing, results,
+            count_processors(own[0].device)))
         made.run((*own, *passing), results, numbers)
 
 

@@ -13,6 +13,7 @@ from maskdsl.codegen.emit_hopper_onepass import emit_one_pass, fits_letter
 from maskdsl.codegen.hopper import describe
 from maskdsl.codegen.hopper_backward_cut import PASS_ROWS, count_tiles, plan_by_key
 from maskdsl.codegen.hopper_cut import ROWS
+from maskdsl.codegen.kept import remember
 from maskdsl.codegen.kernel import LEAST_SCALE, LOG2_E, rebase
 from maskdsl.codegen.row_bounds import KeyPlan
 from maskdsl.expr import Mask
@@ -31,7 +32,6 @@ DENSE = 0.2  # the least part of all keys that a query sees on average; of windo
 LEAST_STEPS = 256  # of a multiprocessor: 4K tokens and 32 heads are faster in one pass
 SUM_BYTES = 512 << 20  # most that the sums of dK and dV may take
 MOST_DELAY = 8  # units
-LAUNCHES_KEPT = 256  # kinds of tensors of which launches are kept
 
 
 @dataclass(frozen=True)
@@ -205,13 +205,17 @@ class OnePassKernel:
     def __call__(self, call: Backward, tensors: tuple[Tensor, ...],
                  numbers: tuple[Tensor, Tensor]) -> None:
         """Compute all gradients; tensors as for `Launch.run`."""
-        key = (call.shape, call.scale, tensors[0].dtype, tensors[0].device,
-               *((t.shape, t.stride()) for t in tensors))
-        made = self.launches.get(key)
-        if made is None:
-            if len(self.launches) >= LAUNCHES_KEPT:
-                self.launches.clear()
-            made = self.launches[key] = plan_launch(
-                self.side, call.shape, call.scale, tensors,
-                torch.cuda.get_device_properties(tensors[0].device).multi_processor_count)
+        made = remember(self.launches, looks_of(call, tensors), lambda: plan_launch(
+            self.side, call.shape, call.scale, tensors, count_processors(tensors[0].device)))
         made.run(tensors, numbers)
+
+
+def looks_of(call: Backward, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """What launches share that are decided once."""
+    return (call.shape, call.scale, tensors[0].dtype, tensors[0].device,
+            *((t.shape, t.stride()) for t in tensors))
+
+
+def count_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,14 +1,27 @@
-"""Tensors that outlive the call they are made in."""
+"""What outlives the call it is made in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
 Tensor = torch.Tensor
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+MOST = 256  # values remembered of one thing
+
+
+def remember(known: dict[Key, Value], key: Key, make: Callable[[], Value]) -> Value:
+    """known[key], made where it is new; before there are too many, all are forgotten."""
+    if key not in known:
+        if len(known) >= MOST:
+            known.clear()
+        known[key] = make()
+    return known[key]
 
 
 def make_kept(make: Callable[[], Tensor], device: torch.device) -> Tensor:

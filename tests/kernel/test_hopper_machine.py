@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,7 @@ from maskdsl.codegen.kernel import LOG2_E, output_maker
 from maskdsl.dense import dense_attention
 
 TRIANGLE = Sink(8) | Window(70) | LastQ(40)
+SHOWN = (AssertionError, Deadlock)  # how the emulator tells of a fault
 CHANGES: dict[str, str] = {}  # text of the emitted file, and what a test puts in its place
 
 
@@ -71,6 +73,13 @@ def on_machine(monkeypatch: pytest.MonkeyPatch) -> Any:
                         lambda _: SimpleNamespace(multi_processor_count=2))
     yield state
     CHANGES.clear()
+
+
+def for_seeds(machine: Any, count: int, check: Callable[[], None]) -> None:
+    """One check under so many schedules."""
+    for seed in range(count):
+        machine.seed = seed
+        check()
 
 
 def draw(sizes: tuple[int, int, int], shape: Shape, dim: int, dtype: torch.dtype,
@@ -229,14 +238,8 @@ def test_faults_show(on_machine: Any, change: dict[str, str]) -> None:
     """The emulator finds what it is there to find."""
     for line, other in change.items():
         CHANGES[f"\n            {line}\n"] = f"\n            {other}\n"
-
-    def run() -> None:
-        for seed in range(6):
-            on_machine.seed = seed
-            check_forward(Causal(), Shape(700, 700), (1, 2, 1))
-
-    with pytest.raises((AssertionError, Deadlock)):
-        run()
+    with pytest.raises(SHOWN):
+        for_seeds(on_machine, 6, lambda: check_forward(Causal(), Shape(700, 700), (1, 2, 1)))
 
 
 @pytest.mark.parametrize("change", [
@@ -250,11 +253,5 @@ def test_faults_show(on_machine: Any, change: dict[str, str]) -> None:
     {"mbarrier.init(empty.index(i), count=2)": "mbarrier.init(empty.index(i), count=1)"}], ids=str)
 def test_faults_of_the_backward_show(on_machine: Any, change: dict[str, str]) -> None:
     CHANGES.update(change)
-
-    def run() -> None:
-        for seed in range(12):
-            on_machine.seed = seed
-            check_backward(Full(), Shape(600, 400), (1, 4, 1), 128)
-
-    with pytest.raises((AssertionError, Deadlock)):
-        run()
+    with pytest.raises(SHOWN):
+        for_seeds(on_machine, 12, lambda: check_backward(Full(), Shape(600, 400), (1, 4, 1), 128))

@@ -1,4 +1,4 @@
-"""Tensors that outlive the call they are made in."""
+"""What outlives the call it is made in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from maskdsl.codegen.kept import make_kept, nothing
+from maskdsl.codegen import kept
+from maskdsl.codegen.kept import make_kept, nothing, remember
 
 
 @pytest.mark.parametrize(("kind", "capturing", "elsewhere"), [
@@ -48,3 +49,20 @@ def test_nothing_is_one_tensor_for_each_type() -> None:
     cpu = torch.device("cpu")
     assert nothing(torch.float32, cpu) is nothing(torch.float32, cpu)
     assert nothing(torch.int32, cpu).dtype == torch.int32 and nothing(torch.int32, cpu).numel() == 1
+
+
+def test_remembered_until_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "MOST", 3)
+    known: dict[int, int] = {}
+    made: list[int] = []
+
+    def find(key: int) -> int:
+        def make() -> int:
+            made.append(key)
+            return 10 * key
+
+        return remember(known, key, make)
+
+    assert [find(i) for i in (1, 2, 1, 3, 2)] == [10, 20, 10, 30, 20] and made == [1, 2, 3]
+    assert find(4) == 40 and known == {4: 40}
+    assert find(1) == 10 and made == [1, 2, 3, 4, 1]
